@@ -1,0 +1,1 @@
+"""Folders of weights and configurations, read and written."""

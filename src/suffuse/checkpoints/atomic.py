@@ -1,0 +1,226 @@
+"""Folders that are replaced whole or not at all.
+
+The new folder is written beside the old one, every file and folder of it is brought to the disk, and then one rename puts it
+in the old one's place. Whoever is killed on the way leaves the old folder and a leftover, which the next save sweeps away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path, PurePosixPath
+
+from suffuse.errors import BusyError, SaveError, SuffuseError
+
+PATIENCE = 30.0
+"""Seconds to wait for another writer of the same folder."""
+
+
+@contextlib.contextmanager
+def staged_folder(
+    target: str | os.PathLike[str], keep: Callable[[PurePosixPath], bool] = lambda path: False, size: int = 0
+) -> Generator[Path]:
+    """A new folder to write into, which takes the place of `target` when the block ends without an error.
+
+        with staged_folder("model", keep=lambda path: path.suffix == ".md") as folder:
+            (folder / "config.json").write_text("{}")
+
+    Args:
+        target: The folder to make or to replace.
+        keep: Of the files of the old folder, as relative paths, those to carry over unless there are new ones so called.
+        size: Bytes that will be written, to be refused at once if the disk has not as many.
+
+    Raises:
+        SaveError: Writing failed; the old folder is as it was.
+        BusyError: Another writer held the folder for longer than `PATIENCE` seconds.
+    """
+    target = Path(os.path.realpath(target))
+    if target.exists() and not target.is_dir():
+        raise SaveError(f"{target} is a file", expected="a folder, or a name that is free")
+    if os.path.ismount(target):
+        raise SaveError(f"{target} is a mount point and cannot be replaced", remedy="save to a folder inside it")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target):
+            _sweep(target)
+            _check_space(target.parent, size)
+            staged = _beside(target, "staged")
+            os.mkdir(staged)
+            try:
+                yield staged
+                _carry_over(target, staged, keep)
+                _synchronise(staged)
+                _publish(staged, target)
+            except BaseException:
+                shutil.rmtree(staged, ignore_errors=True)
+                raise
+    except SuffuseError:
+        raise
+    except OSError as error:
+        raise SaveError(
+            f"{target} could not be written: {error}", remedy="nothing was replaced; the old files are whole"
+        ) from error
+
+
+def _beside(target: Path, role: str) -> Path:
+    return target.with_name(f".{target.name}.{role}-{secrets.token_hex(4)}")
+
+
+def _sweep(target: Path) -> None:
+    """Remove what a killed writer left; put the old folder back if it was killed between two renames."""
+    for old in target.parent.glob(f".{_escaped(target.name)}.replaced-*"):
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(old, target)
+    for staged in target.parent.glob(f".{_escaped(target.name)}.staged-*"):
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{character}]" if character in "*?[" else character for character in name)
+
+
+def _check_space(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise SaveError(f"no space for {size} bytes in {folder}", found=f"{free} bytes free", remedy="nothing was replaced")
+
+
+def _carry_over(old: Path, new: Path, keep: Callable[[PurePosixPath], bool]) -> None:
+    """Link, or copy where links are not to be had, the files of the old folder that stay."""
+    for folder, names, files in os.walk(old):
+        for name in [*files, *(name for name in names if os.path.islink(os.path.join(folder, name)))]:
+            source = Path(folder, name)
+            relative = source.relative_to(old)
+            destination = new / relative
+            if not os.path.lexists(destination) and keep(PurePosixPath(relative.as_posix())):
+                destination.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    os.link(source, destination, follow_symlinks=False)
+                except (OSError, NotImplementedError):
+                    shutil.copy2(source, destination, follow_symlinks=False)
+
+
+def _synchronise(folder: Path) -> None:
+    """Bring every file to the disk, then the folders that name them, from the inside out."""
+    for parent, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            if not os.path.islink(os.path.join(parent, name)):
+                _fsync(os.path.join(parent, name))
+        _fsync(parent)
+
+
+def _fsync(path: str | os.PathLike[str]) -> None:
+    if os.name == "nt" and os.path.isdir(path):
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _publish(staged: Path, target: Path) -> None:
+    if not target.exists():
+        os.rename(staged, target)
+        old = None
+    else:
+        shutil.copymode(target, staged)
+        if _exchange(staged, target):
+            old = staged
+        else:
+            old = _beside(target, "replaced")
+            os.rename(target, old)
+            try:
+                os.rename(staged, target)
+            except OSError:
+                os.rename(old, target)
+                raise
+    # The new folder is in place, whole and on the disk: nothing that fails from here on makes the save a failure.
+    with contextlib.suppress(OSError):
+        _fsync(target.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders in one step; False where system or disk cannot."""
+    name, here, flag = {"linux": ("renameat2", -100, 2), "darwin": ("renameatx_np", -2, 2)}.get(sys.platform, ("", 0, 0))
+    function = getattr(ctypes.CDLL(None, use_errno=True), name, None) if name else None
+    if function is None:
+        return False
+    if function(here, os.fsencode(one), here, os.fsencode(other), flag) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+@contextlib.contextmanager
+def _locked(target: Path) -> Generator[None]:
+    """Keep other writers of `target` out; the system lets go of the lock if this process dies."""
+    path = target.with_name(f".{target.name}.lock")
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if _try_lock(descriptor) and _is_at(descriptor, path):
+                break
+            holder = os.pread(descriptor, 20, 0).decode(errors="replace") if hasattr(os, "pread") else ""
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+        if time.monotonic() > deadline:
+            raise BusyError(
+                f"{target} is being written by another process",
+                found=f"process {holder or 'unknown'}",
+                remedy=f"waited {PATIENCE:.0f} s: try again when it is done",
+            )
+        time.sleep(0.05)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, str(os.getpid()).encode())
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether the file that is locked is still the one of this name, not one that its last holder removed."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+if os.name == "nt":
+    import msvcrt
+
+    def _try_lock(descriptor: int) -> bool:
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # pyright: ignore
+        except OSError:
+            return False
+        return True
+
+else:
+    import fcntl
+
+    def _try_lock(descriptor: int) -> bool:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True

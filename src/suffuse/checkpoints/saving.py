@@ -1,0 +1,139 @@
+"""Weights to files: the bytes of safetensors are the same as those of the reference implementation, and at every save."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from suffuse.checkpoints.layout import SAFETENSORS, Naming, file_name, index_names, shard_name
+from suffuse.checkpoints.reading import DTYPES
+from suffuse.checkpoints.safetensors_file import BITS
+from suffuse.configuration import write_text
+from suffuse.errors import InputError, SaveError
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+Write = Callable[[dict[str, Tensor], Path], Any]
+"""Writes named tensors to a file."""
+
+
+def write_weights(
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+    naming: Naming,
+    suffix: str = SAFETENSORS,
+    variant: str | None = None,
+    max_shard_size: int | str = "10GB",
+    write: Write | None = None,
+) -> None:
+    """Write tensors as one file, or as shards with an index if they are larger than `max_shard_size`.
+
+    Args:
+        tensors: By name; a tensor that stands under two names is written under the first.
+        folder: An empty or staged folder.
+        naming: How the files are called.
+        suffix: ".safetensors" or ".bin".
+        variant: "fp16" and the like.
+        max_shard_size: Bytes, or "5GB" and the like.
+        write: What writes each file, in place of this module's own.
+
+    Raises:
+        SaveError: A tensor has no storage, or a type that the format does not know.
+        InputError: `max_shard_size` is no size.
+    """
+    write = write or (write_safetensors if suffix == SAFETENSORS else torch.save)
+    tensors, stem = _without_ties(tensors), naming.stem(suffix)
+    shards = split_shards(tensors, parse_size(max_shard_size))
+    if len(shards) == 1:
+        write(dict(tensors), folder / file_name(stem, suffix, variant))
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = shard_name(stem, suffix, variant, number, len(shards))
+        write(shard, folder / name)
+        weight_map |= dict.fromkeys(shard, name)
+    index = {"metadata": {"total_size": sum(map(_size, tensors.values()))}, "weight_map": weight_map}
+    write_text(folder / index_names(stem, suffix, variant)[0], json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write one safetensors file, tensor by tensor: no second copy of the weights is made.
+
+    Raises:
+        SaveError: A tensor has no storage, or a type that the format does not know.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_meta or tensor.dtype not in _NAMES:
+            raise SaveError(f"tensor {name!r} cannot be saved", found=f"{tensor.dtype} on {tensor.device}")
+    width = {dtype: position for position, dtype in enumerate(BITS)}
+    order = sorted(tensors, key=lambda name: (-width[_NAMES[tensors[name].dtype]], name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name in order:
+        end = position + _size(tensors[name])
+        header[name] = {"dtype": _NAMES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb", buffering=0) as file:
+        _write_all(file, memoryview(len(text).to_bytes(8, "little") + text))
+        for name in order:
+            row: Any = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            _write_all(file, memoryview(row))
+
+
+def split_shards(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+    """Fill shards in the order given, up to `limit` bytes each; a tensor that is larger stands alone."""
+    shards: list[dict[str, Tensor]] = []
+    current: dict[str, Tensor] = {}
+    filled = 0
+    for name, tensor in tensors.items():
+        size = _size(tensor)
+        if size > limit:
+            shards.append({name: tensor})
+            continue
+        if filled + size > limit:
+            shards.append(current)
+            current, filled = {}, 0
+        current[name] = tensor
+        filled += size
+    return [*shards, current] if current or not shards else shards
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of "10GB" (10^9), "5GiB" (2^30) and the like.
+
+    Raises:
+        InputError: It is no size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B)", size.strip().upper()) if isinstance(size, str) else None
+    count = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else size
+    if not isinstance(count, int) or isinstance(count, bool) or count <= 0:
+        raise InputError("max_shard_size is no size", found=size, expected='bytes, or "10GB", "500MB", "2GiB"')
+    return count
+
+
+def _without_ties(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One name for each tensor: a parameter in two places is one tensor, and a file holds it once."""
+    first: dict[tuple[Any, ...], str] = {}
+    for name, tensor in tensors.items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        first.setdefault(place if tensor.numel() and not tensor.is_meta else (name,), name)
+    return {name: tensors[name] for name in first.values()}
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _write_all(file: BinaryIO, view: memoryview) -> None:
+    while view:
+        view = view[os.write(file.fileno(), view[: 1 << 30]) :]

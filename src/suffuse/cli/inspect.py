@@ -1,0 +1,70 @@
+"""`suffuse inspect`: what a checkpoint holds and what memory it needs, without reading it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from suffuse.checkpoints.inventory import TARGETS, Component, take_inventory, total
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A pipeline's folder, a model's folder, or a .safetensors file.")],
+    variant: Annotated[str | None, typer.Option(help='Which weights to look at, "fp16" for example.')] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show the parts of a checkpoint, their size, and the memory they need as each type."""
+    components = take_inventory(path, variant)
+    if as_json:
+        parts = [dataclasses.asdict(component) for component in components]
+        print(json.dumps({"path": str(path), "components": parts, "total": dataclasses.asdict(total(components))}, indent=2))
+    else:
+        _print_table(components)
+
+
+def _print_table(components: list[Component]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("component", "class", "library"):
+        table.add_column(heading)
+    for heading in ("parameters", "on disk", *(f"as {target}" for target in TARGETS)):
+        table.add_column(heading, justify="right")
+    table.add_column("type")
+    table.add_column("files", overflow="fold")
+    for component in components:
+        table.add_row(*_cells(component))
+    if len(components) > 1:
+        table.add_section()
+        table.add_row(*_cells(total(components)), style="bold")
+    Console(width=None if _terminal() else 200).print(table)
+
+
+def _terminal() -> bool:
+    import sys
+
+    return sys.stdout.isatty()
+
+
+def _cells(component: Component) -> Iterator[str]:
+    yield from (component.name, component.kind or "", component.library or "")
+    yield "unknown" if component.parameters is None else f"{component.parameters:,}" if component.parameters else ""
+    yield _size(component.bytes)
+    yield from (_size(component.memory.get(target, 0)) for target in TARGETS)
+    yield ", ".join(component.dtypes)
+    yield ", ".join(component.files)
+
+
+def _size(count: int) -> str:
+    """Bytes in the largest unit that leaves at least 1, in powers of 1000; nothing for 0."""
+    amount, units = float(count), iter(("B", "kB", "MB", "GB", "TB"))
+    unit = next(units)
+    while amount >= 1000:
+        amount, unit = amount / 1000, next(units)
+    return f"{amount:.3g} {unit}" if count else ""

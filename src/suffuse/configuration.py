@@ -1,0 +1,349 @@
+"""Configurations: the signature of `__init__` is the schema of config.json.
+
+A class says what it needs once, in its `__init__`; `register_to_config` keeps the values that came in `.config`, checks them
+against the annotations, and remembers which were left to their default. Reading, writing and converting between classes
+that share parameters (two schedulers, say) follow from that.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import json
+import os
+import tempfile
+import types
+import typing
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn, TypeVar
+
+import numpy as np
+
+from suffuse.errors import ConfigError, MissingFileError, nearest
+
+FORMAT_VERSION = "0.26.3"
+"""The release of diffusers whose file layout is written; stands in `_diffusers_version`."""
+
+JSON_BYTES, JSON_DEPTH = 16 * 2**20, 64
+
+_Self = TypeVar("_Self", bound="ConfigMixin")
+_Init = TypeVar("_Init", bound=Callable[..., None])
+
+
+class FrozenConfig(dict[str, Any]):
+    """A dictionary that cannot change, with its keys as attributes too."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            close = nearest(name, self)
+            raise AttributeError(f"no {name!r} in this config" + (f"; there is {close}" if close else "")) from None
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise ConfigError(
+            "a config cannot be changed in place",
+            remedy="make a new object: cls.from_config(config, name=value); or use register_to_config(name=value)",
+        )
+
+    __setattr__ = __delattr__ = __setitem__ = __delitem__ = _refuse
+    pop = popitem = update = setdefault = clear = __ior__ = _refuse  # pyright: ignore[reportAssignmentType]
+
+    def __reduce__(self) -> Any:
+        return FrozenConfig, (dict(self),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenConfig:
+        return FrozenConfig(copy.deepcopy(dict(self), memo))
+
+
+class ConfigMixin:
+    """An object that can be made from, and written as, a configuration file.
+
+    Class attributes:
+        config_name: The file name, "config.json" for example.
+        ignore_for_config: Parameters of `__init__` that are not configuration.
+    """
+
+    config_name: ClassVar[str] = ""
+    ignore_for_config: ClassVar[list[str]] = []
+    _internal_dict: FrozenConfig
+
+    @property
+    def config(self) -> FrozenConfig:
+        """The configuration, read-only; its keys are attributes too."""
+        return self._internal_dict
+
+    def register_to_config(self, **values: Any) -> None:
+        """Add or replace entries of the configuration."""
+        # Written past torch.nn.Module.__setattr__ because configuration is known before Module.__init__ has run.
+        self.__dict__["_internal_dict"] = FrozenConfig({**self.__dict__.get("_internal_dict", {}), **values})
+
+    @classmethod
+    def parameters_of_init(cls) -> dict[str, inspect.Parameter]:
+        """The parameters of `__init__` that are configuration, in order."""
+        return {n: p for n, p in _init_parameters(cls).items() if n not in cls.ignore_for_config}
+
+    @classmethod
+    def compatible_classes(cls) -> list[type[ConfigMixin]]:
+        """Classes whose configurations this one may be given; their keys are kept and not warned about."""
+        return []
+
+    @classmethod
+    def from_config(
+        cls: type[_Self], config: Mapping[str, Any], return_unused_kwargs: bool = False, strict: bool = False, **kwargs: Any
+    ) -> Any:
+        """An object of this class with the values of `config`.
+
+        Args:
+            config: A configuration, of this class or of a compatible one. Values that were only another class's defaults
+                do not count: this class's own defaults stand in for them.
+            return_unused_kwargs: Also return a dictionary of what was not used.
+            strict: Raise on keys this class does not know, instead of one warning.
+            **kwargs: Values that replace those of `config`.
+
+        Returns:
+            The object, or (object, unused) with `return_unused_kwargs`.
+
+        Raises:
+            ConfigError: `config` is no mapping, or a value does not fit the declared type.
+        """
+        if not isinstance(config, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError(
+                f"{cls.__name__}.from_config needs a mapping",
+                found=config,
+                remedy=f"use {cls.__name__}.from_pretrained(folder) for a folder",
+            )
+        given, unused, kept = cls.extract_init_dict(config, **kwargs)
+        if strict and unused.keys() - kwargs.keys():
+            raise ConfigError(
+                f"{cls.__name__} does not know {', '.join(sorted(unused))}", expected=sorted(cls.parameters_of_init())
+            )
+        made = cls(**given)
+        made.register_to_config(**kept)
+        return (made, {**unused, **kept}) if return_unused_kwargs else made
+
+    @classmethod
+    def extract_init_dict(
+        cls, config_dict: Mapping[str, Any], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """Split a configuration into (values for `__init__`, unused values, values of other classes to keep)."""
+        defaults = set(config_dict.get("_use_default_values", ()))
+        config = {k: v for k, v in config_dict.items() if k not in defaults and k != "_use_default_values"}
+        values, known = {**config, **kwargs}, cls.parameters_of_init()
+        given = {name: values[name] for name in known if name in values}
+        elsewhere = {name for other in cls.compatible_classes() for name in _init_parameters(other)}
+        unexpected = {k: v for k, v in config.items() if k not in known and not k.startswith("_") and k not in elsewhere}
+        if unexpected:
+            warnings.warn(
+                f"{cls.__name__} does not know these config entries and ignores them: {', '.join(sorted(unexpected))}",
+                stacklevel=4,
+            )
+        unused = {**unexpected, **{k: v for k, v in kwargs.items() if k not in known}}
+        kept = {k: v for k, v in config.items() if k not in given and k != "_class_name"}
+        return given, unused, kept
+
+    @classmethod
+    def load_config(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Read the configuration from a folder (or the file itself); `subfolder=` names a folder inside.
+
+        Raises:
+            MissingFileError: There is no such file.
+            ConfigError: It is not a JSON object.
+        """
+        path = Path(pretrained_model_name_or_path)
+        subfolder = kwargs.pop("subfolder", None)
+        if not path.is_file():
+            path = path / (subfolder or "") / cls.config_name
+        config = read_json(path)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def save_config(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write the configuration into a folder, which is made if need be."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        self.to_json_file(Path(save_directory) / self.config_name)
+
+    def to_json_string(self) -> str:
+        """The configuration as JSON text, keys sorted."""
+        entries = {k: _plain(v) for k, v in self.config.items() if k not in ("_use_default_values", "_name_or_path")}
+        entries |= {"_class_name": type(self).__name__, "_diffusers_version": FORMAT_VERSION}
+        return json.dumps(entries, indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Write the configuration to a file."""
+        write_text(Path(json_file_path), self.to_json_string())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {self.to_json_string()}"
+
+
+def register_to_config(init: _Init) -> _Init:
+    """Keep what `__init__` was called with in `.config`, checked against the annotations.
+
+    Raises:
+        ConfigError: A value does not fit its annotation.
+    """
+
+    @functools.wraps(init)
+    def keeping(self: ConfigMixin, *args: Any, **kwargs: Any) -> None:
+        cls = type(self)
+        parameters = cls.parameters_of_init()
+        values = dict(zip(_init_parameters(cls), args, strict=False)) | kwargs
+        given = {name: value for name, value in values.items() if name in parameters}
+        for name, value in given.items():
+            check_type(cls.__name__, name, value, _init_hints(cls).get(name, Any))
+        left = {n: p.default for n, p in parameters.items() if n not in given and p.default is not inspect.Parameter.empty}
+        self.register_to_config(**left, **given, _use_default_values=sorted(left))
+        init(self, *args, **kwargs)
+
+    return typing.cast("_Init", keeping)
+
+
+def check_type(owner: str, name: str, value: Any, declared: Any) -> None:
+    """Raise `ConfigError` unless `value` fits the annotation `declared` (an int is a float; a list is a tuple)."""
+    if not _fits(value, declared):
+        raise ConfigError(
+            f"{owner}: {name} has the wrong type", found=f"{value!r} ({type(value).__name__})", expected=_spelled(declared)
+        )
+
+
+def _fits(value: Any, declared: Any) -> bool:
+    origin, arguments = typing.get_origin(declared), typing.get_args(declared)
+    if declared is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if declared is None or declared is type(None):
+        return value is None
+    if declared is float:
+        return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and not np.isnan(float(value))
+    if declared is int:
+        return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    kind = origin or declared
+    if kind in (list, tuple):
+        return isinstance(value, (list, tuple)) and (not arguments or all(_fits(item, arguments[0]) for item in value))
+    return isinstance(value, kind) if isinstance(kind, type) else True
+
+
+def _spelled(declared: Any) -> str:
+    return (
+        declared.__name__
+        if isinstance(declared, type) and not typing.get_args(declared)
+        else str(declared).replace("typing.", "")
+    )
+
+
+@functools.cache
+def _init_parameters(cls: type) -> dict[str, inspect.Parameter]:
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {n: p for n, p in inspect.signature(cls.__init__).parameters.items() if n != "self" and p.kind not in kinds}
+
+
+@functools.cache
+def _init_hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls.__init__)
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case np.ndarray():
+            return value.tolist()
+        case np.generic():
+            return value.item()
+        case Path():
+            return value.as_posix()
+        case _:
+            return value
+
+
+# ---------------------------------------------------------------- JSON files
+
+
+def read_json(path: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
+    """Read a JSON object, refusing what could not be one of ours.
+
+    Raises:
+        MissingFileError: The file is not there; the message lists what is.
+        ConfigError: Not UTF-8, not JSON, no object, a key twice, nested deeper than 64 levels, larger than `limit` bytes.
+    """
+    try:
+        if path.stat().st_size > limit:
+            raise ConfigError(f"{path} is too large for JSON", found=f"{path.stat().st_size} bytes", expected=f"at most {limit}")
+        if not path.is_file():
+            raise MissingFileError(f"{path} is not a regular file")
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        if isinstance(error, MissingFileError):
+            raise
+        there = sorted(p.name for p in path.parent.iterdir())[:20] if path.parent.is_dir() else None
+        raise MissingFileError(
+            f"no file {path}", found=there if there is not None else f"the folder {path.parent} does not exist either"
+        ) from None
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text", found=f"byte {error.start}: {error.reason}") from None
+    _check_depth(path, text)
+    try:
+        value = json.loads(text, object_pairs_hook=functools.partial(_without_duplicates, path))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds no JSON object", found=type(value).__name__, expected='an object: {"name": value, …}')
+    return value
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that `path` holds the old text or the new, whatever happens."""
+    descriptor, staged = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(staged, 0o666 & ~_umask())
+        os.replace(staged, path)
+    except BaseException:
+        Path(staged).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _without_duplicates(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ConfigError(f"{path}: a key stands twice", found=sorted({n for n in names if names.count(n) > 1}))
+    return made
+
+
+def _check_depth(path: Path, text: str) -> None:
+    depth = 0
+    for character in _outside_strings(text):
+        depth += (character in "[{") - (character in "]}")
+        if depth > JSON_DEPTH:
+            raise ConfigError(f"{path} is nested too deep", expected=f"at most {JSON_DEPTH} levels")
+
+
+def _outside_strings(text: str) -> Iterator[str]:
+    quoted = escaped = False
+    for character in text:
+        if escaped:
+            escaped = False
+        elif quoted and character == "\\":
+            escaped = True
+        elif character == '"':
+            quoted = not quoted
+        elif not quoted and character in "[]{}":
+            yield character

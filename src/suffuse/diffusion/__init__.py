@@ -1,0 +1,1 @@
+"""The core: one loop and its four plug points."""

@@ -1,0 +1,117 @@
+"""What the model sees: tensors per guidance branch, and the conditioners that hand them over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from suffuse.diffusion.loop import Step
+from suffuse.schedulers.scheduler import SchedulerMixin
+
+
+@dataclass
+class Conditioning:
+    """Tensors that belong to the run: those that differ per branch are joined along the batch in `layout` order.
+
+    Callbacks read and replace these tensors by name. A callback that narrows a joined tensor (to drop the unconditional half,
+    say) is understood by its length.
+
+    Attributes:
+        batch: Pictures made at once; the length of one branch.
+        layout: Names of the branches, in the order the tensors are joined in.
+        tensors: Name → tensor.
+    """
+
+    batch: int
+    layout: tuple[str, ...]
+    tensors: dict[str, Tensor]
+
+    def select(self, name: str, branches: tuple[str, ...]) -> Tensor:
+        """The rows of `name` that belong to `branches`, in their order."""
+        joined = self.tensors[name]
+        if branches == self.layout or len(joined) == self.batch * len(branches):
+            return joined
+        parts = dict(zip(self.layout, joined.chunk(len(self.layout)), strict=True))
+        return torch.cat([parts[branch] for branch in branches])
+
+
+def per_branch(value: Tensor, branches: Sequence[str]) -> Tensor:
+    """What all branches share, joined along the batch once per branch."""
+    return torch.cat([value] * len(branches)) if len(branches) > 1 else value
+
+
+@dataclass(slots=True)
+class ModelCall:
+    """One call of the model, being assembled by the conditioners.
+
+    Attributes:
+        sample: The latents as the model takes them, once per branch.
+        timestep: 0-dimensional.
+        branches: Names of the branches asked for, in batch order.
+        conditioning: The tensors of the run.
+        channels: Concatenated to the channels of the sample.
+        kwargs: Further keywords of the model.
+    """
+
+    sample: Tensor
+    timestep: Tensor
+    branches: tuple[str, ...]
+    conditioning: Conditioning
+    channels: list[Tensor] = field(default_factory=list)
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+Conditioner = Callable[[ModelCall, Step], None]
+"""Changes what the model sees in one call."""
+
+
+def text(call: ModelCall, step: Step) -> None:
+    """Hand over the text embeddings of the branches asked for."""
+    call.kwargs["encoder_hidden_states"] = call.conditioning.select("prompt_embeds", call.branches)
+
+
+@dataclass
+class Keywords:
+    """Hand the same keywords to every call."""
+
+    values: dict[str, Any]
+
+    def __call__(self, call: ModelCall, step: Step) -> None:
+        """Add the keywords."""
+        call.kwargs.update(self.values)
+
+
+@dataclass
+class Channels:
+    """Concatenate tensors of the run, by name, to the channels of the sample."""
+
+    names: Sequence[str]
+
+    def __call__(self, call: ModelCall, step: Step) -> None:
+        """Add the channels."""
+        call.channels += [call.conditioning.select(name, call.branches) for name in self.names]
+
+
+@dataclass
+class Denoiser:
+    """A model and its conditioning: one prediction per branch asked for, from one call of the model."""
+
+    model: nn.Module
+    scheduler: SchedulerMixin
+    conditioning: Conditioning
+    conditioners: Sequence[Conditioner] = (text,)
+
+    def __call__(self, step: Step, branches: tuple[str, ...], latents: Tensor | None = None) -> dict[str, Tensor]:
+        """Predictions by branch, for the latents of the step or those given instead."""
+        latents = step.latents if latents is None else latents
+        sample = per_branch(latents, branches)
+        call = ModelCall(self.scheduler.scale_model_input(sample, step.timestep), step.timestep, branches, self.conditioning)
+        for condition in self.conditioners:
+            condition(call, step)
+        sample = torch.cat([call.sample, *call.channels], dim=1) if call.channels else call.sample
+        output = self.model(sample, call.timestep, **call.kwargs, return_dict=False)[0]
+        return dict(zip(branches, output.chunk(len(branches)), strict=True))

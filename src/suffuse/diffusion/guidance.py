@@ -1,0 +1,91 @@
+"""Making and combining predictions: classifier-free guidance and its relatives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from suffuse.diffusion.conditioning import Denoiser
+from suffuse.diffusion.loop import Step
+
+
+class Guidance(Protocol):
+    """Asks the denoiser for the branches it needs and makes one prediction of them."""
+
+    scale: float
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Names of the branches, in batch order."""
+        ...
+
+    def __call__(self, denoiser: Denoiser, step: Step) -> Tensor:
+        """One prediction, of the shape of the latents."""
+        ...
+
+
+@dataclass
+class ClassifierFreeGuidance:
+    """Extrapolate from the unconditional prediction through the conditional one (Ho and Salimans, 2022).
+
+    Attributes:
+        scale: The guidance scale; at 1 or below only the conditional branch is computed.
+        rescale: How far the result is brought back to the standard deviation of the conditional prediction, in [0, 1] (Lin et
+            al., 2023, "Common diffusion noise schedules and sample steps are flawed", equations 15 and 16).
+    """
+
+    scale: float
+    rescale: float = 0.0
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Names of the branches, in batch order."""
+        return ("uncond", "cond") if self.scale > 1 else ("cond",)
+
+    def __call__(self, denoiser: Denoiser, step: Step) -> Tensor:
+        """One prediction, of the shape of the latents."""
+        return self.combine(denoiser(step, self.branches))
+
+    def combine(self, predictions: dict[str, Tensor]) -> Tensor:
+        """The guided prediction from those of the branches."""
+        cond, uncond = predictions["cond"], predictions.get("uncond")
+        if uncond is None:
+            return cond
+        guided = uncond + self.scale * (cond - uncond)
+        return rescale_to(cond, guided, self.rescale) if self.rescale > 0 else guided
+
+
+@dataclass
+class EmbeddedGuidance:
+    """Guidance the model was distilled to do itself: it is told the scale and asked once (Luo et al., 2023, LCM)."""
+
+    scale: float
+    rescale: float = 0.0
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Names of the branches, in batch order."""
+        return ("cond",)
+
+    def __call__(self, denoiser: Denoiser, step: Step) -> Tensor:
+        """One prediction, of the shape of the latents."""
+        return denoiser(step, self.branches)["cond"]
+
+
+def rescale_to(reference: Tensor, guided: Tensor, amount: float) -> Tensor:
+    """`guided` with `amount` in [0, 1] of its standard deviation, per picture, replaced by that of `reference`."""
+    axes = list(range(1, guided.ndim))
+    rescaled = guided * (reference.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True))
+    return amount * rescaled + (1 - amount) * guided
+
+
+def guidance_scale_embedding(scale: Tensor, embedding_dim: int = 512, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Sinusoidal embedding of a guidance scale: (batch,) → (batch, embedding_dim) (Vaswani et al., 2017, at 1000 × scale)."""
+    half = embedding_dim // 2
+    frequencies = torch.exp(torch.arange(half, dtype=dtype) * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
+    angles = (scale * 1000.0).to(dtype)[:, None] * frequencies[None, :]
+    embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
+    return torch.nn.functional.pad(embedding, (0, embedding_dim % 2))

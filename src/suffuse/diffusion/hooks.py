@@ -1,0 +1,117 @@
+"""Acting between steps: callbacks, progress, keeping what is known, watching the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from suffuse.diffusion.conditioning import Conditioning
+from suffuse.diffusion.loop import Finished, SilentHook, Step
+from suffuse.errors import InputError, NonFiniteError
+from suffuse.schedulers.scheduler import SchedulerMixin
+
+
+@dataclass
+class KeepUnmasked(SilentHook):
+    """Paint the known picture, at this step's noise level, back outside the mask (inpainting with a plain model).
+
+    The mask is read from the run's tensors, so that a callback may change it.
+    """
+
+    scheduler: SchedulerMixin
+    timesteps: Tensor
+    image_latents: Tensor
+    noise: Tensor
+    conditioning: Conditioning
+
+    def after(self, step: Step) -> None:
+        """Replace the latents where the mask is 0."""
+        known = self.image_latents
+        if step.index < step.total - 1:
+            known = self.scheduler.add_noise(known, self.noise, self.timesteps[step.index + 1][None])
+        mask = self.conditioning.tensors["mask"][: len(known)]
+        step.latents = (1 - mask) * known + mask * step.latents
+
+
+@dataclass
+class CallbackOnStepEnd(SilentHook):
+    """Hand out tensors by name after each step, and take back what the function returns.
+
+    `function(pipe, step_index, timestep, {name: tensor})` returns a dictionary of replacements, or None.
+    """
+
+    pipe: Any
+    function: Callable[..., dict[str, Any] | None]
+    names: Sequence[str]
+    conditioning: Conditioning
+
+    def after(self, step: Step) -> None:
+        """Call the function."""
+        visible = {"latents": step.latents, **self.conditioning.tensors}
+        returned = self.function(self.pipe, step.index, step.timestep, {name: visible.get(name) for name in self.names})
+        if returned is None:
+            return
+        if not isinstance(returned, dict):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(
+                "callback_on_step_end returned no dictionary",
+                found=type(returned).__name__,
+                expected="None, or the dictionary of tensors it was given, with replacements",
+            )
+        step.latents = returned.get("latents", step.latents)
+        self.conditioning.tensors.update((name, returned[name]) for name in returned.keys() & self.conditioning.tensors.keys())
+
+
+@dataclass
+class OnWholeSteps(SilentHook):
+    """Call `action` when a whole inference step is done: solvers of order 2 visit the model twice in one.
+
+    Progress bars and the older kind of callback count these; they pass over what a solver's warm-up adds.
+    """
+
+    order: int
+    num_inference_steps: int
+    action: Callable[[Step], None]
+
+    def after(self, step: Step) -> None:
+        """Count the step."""
+        done = step.index + 1
+        warming_up = done <= step.total - self.num_inference_steps * self.order
+        if done == step.total or (not warming_up and done % self.order == 0):
+            self.action(step)
+
+
+@dataclass
+class EndWhen(SilentHook):
+    """End the way before the next step once `asked()` says so."""
+
+    asked: Callable[[], bool]
+
+    def before(self, step: Step) -> None:
+        """Ask."""
+        if self.asked():
+            raise Finished
+
+
+@dataclass
+class WatchNumbers(SilentHook):
+    """Remember whether the latents were finite after each step, without waiting for the device until `check`."""
+
+    finite: list[Tensor] = field(default_factory=list)
+
+    def after(self, step: Step) -> None:
+        """Look at the latents."""
+        self.finite.append(torch.isfinite(step.latents).all())
+
+    def check(self, model: str, dtype: torch.dtype) -> None:
+        """Raise `NonFiniteError` with the first step that was not finite."""
+        if self.finite and not bool(torch.stack(self.finite).all()):
+            first = [bool(flag) for flag in self.finite].index(False)
+            raise NonFiniteError(
+                f"the latents are not finite after step {first + 1} of {len(self.finite)}",
+                found=f"NaN or infinity; {model} computes in {dtype}",
+                remedy="load it with torch_dtype=torch.bfloat16 or torch.float32; a lower guidance_scale helps too",
+            )

@@ -1,0 +1,73 @@
+"""From prompts to the embeddings a model attends to."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from suffuse.errors import NonFiniteError
+
+
+def encode_text(
+    texts: list[str],
+    tokenizer: Any,
+    text_encoder: Any,
+    device: torch.device,
+    *,
+    length: int | None = None,
+    clip_skip: int | None = None,
+) -> Tensor:
+    """Hidden states of a CLIP text encoder.
+
+    Args:
+        texts: One text a picture.
+        tokenizer: A CLIP tokenizer.
+        text_encoder: A CLIP text model.
+        device: Where the text encoder computes.
+        length: Tokens to pad or cut to; the tokenizer's maximum if None.
+        clip_skip: How many of the last layers to leave out; None and 0 differ only in that 0 takes the last hidden state
+            through the final norm by hand.
+
+    Returns:
+        (len(texts), length, width), in the dtype of the text encoder.
+
+    Raises:
+        NonFiniteError: The encoder gave NaN or infinity even in float32.
+    """
+    length = length or tokenizer.model_max_length
+    tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    _warn_of_cut(texts, tokenizer, length)
+    mask = tokens.attention_mask.to(device) if getattr(text_encoder.config, "use_attention_mask", False) else None
+    ids = tokens.input_ids.to(device)
+    if clip_skip is None:
+        states = text_encoder(ids, attention_mask=mask)[0]
+    else:
+        output = text_encoder(ids, attention_mask=mask, output_hidden_states=True)
+        norm = getattr(text_encoder, "text_model", text_encoder).final_layer_norm
+        states = norm(output.hidden_states[-(clip_skip + 1)])
+    if not bool(torch.isfinite(states).all()):
+        raise NonFiniteError(
+            "the text encoder gave NaN or infinity",
+            found=f"text_encoder computes in {states.dtype}",
+            remedy="load it in torch.float32 or torch.bfloat16, or check its weights",
+        )
+    return states
+
+
+def repeat_rows(rows: Tensor, times: int) -> Tensor:
+    """(batch, length, width) → (batch · times, length, width): each row `times` over, beside itself."""
+    batch, length, _ = rows.shape
+    return rows.repeat(1, times, 1).view(batch * times, length, -1)
+
+
+def _warn_of_cut(texts: list[str], tokenizer: Any, length: int) -> None:
+    counts = [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False).input_ids]
+    for index, count in enumerate(counts):
+        if count > length:
+            warnings.warn(
+                f"prompt {index} has {count} tokens and the text encoder reads {length}: the last {count - length} are ignored",
+                stacklevel=6,
+            )

@@ -1,0 +1,46 @@
+"""Checks of the sizes in a model's configuration, before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from suffuse.errors import ConfigError
+
+Value = TypeVar("Value")
+
+
+def require_positive(owner: str, **values: Any) -> None:
+    """Raise `ConfigError` unless every number is at least one; lists are looked into, and `None` is no number."""
+    for name, value in values.items():
+        if any(number < 1 for number in _numbers(value)):
+            raise ConfigError(f"{owner}: {name} must be at least 1", found=value)
+
+
+def require_length(owner: str, count: int, of: str, **values: Sequence[Any]) -> None:
+    """Raise `ConfigError` unless every list has `count` entries, one for each of `of`."""
+    for name, value in values.items():
+        if len(value) != count:
+            raise ConfigError(
+                f"{owner}: {name} needs one entry for each of {of}",
+                found=f"{len(value)} entries: {list(value)}",
+                expected=f"{count} entries",
+            )
+
+
+def per_block(owner: str, name: str, value: Value | Sequence[Value], count: int) -> list[Value]:
+    """One value for each of `count` blocks, from one for all or from a list.
+
+    Raises:
+        ConfigError: The list has another length.
+    """
+    if not isinstance(value, (list, tuple)):
+        return [value] * count  # pyright: ignore[reportReturnType]
+    require_length(owner, count, "down_block_types", **{name: value})
+    return list(value)
+
+
+def _numbers(value: Any) -> list[float]:
+    if isinstance(value, (list, tuple)):
+        return [number for item in value for number in _numbers(item)]
+    return [] if value is None else [value]

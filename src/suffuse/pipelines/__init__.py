@@ -1,0 +1,1 @@
+"""From arguments to pictures, one family a file or folder."""

@@ -1,0 +1,300 @@
+"""The keywords of pipelines: each described once and checked once.
+
+A pipeline's `__call__` says which keywords it has; what they mean and what they may be stands in the table here. `recipe` binds a
+call to its signature, checks every argument by its name before anything is computed, and fills the docstring.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from suffuse.errors import InputError, LimitError, nearest, unknown_argument
+from suffuse.processing.image import MAX_PIXELS, check_output_type
+
+_Call = TypeVar("_Call", bound=Callable[..., Any])
+Check = Callable[[str, Any], None]
+
+
+# ---------------------------------------------------------------- what a value may be
+
+
+def whole(low: int, high: int | None = None) -> Check:
+    """A whole number of at least `low`, and at most `high`."""
+    allowed = f"a whole number of at least {low}" + (f" and at most {high}" if high is not None else "")
+
+    def check(name: str, value: Any) -> None:
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+            raise InputError(f"{name} must be a whole number", found=_shown(value), expected=allowed)
+        if value < low or (high is not None and value > high):
+            raise InputError(f"{name}={value} is out of range", expected=allowed)
+
+    return check
+
+
+def number(low: float = -math.inf, high: float = math.inf) -> Check:
+    """A finite number in [low, high]."""
+    allowed = "a finite number" if (low, high) == (-math.inf, math.inf) else f"a number in [{low:g}, {high:g}]"
+
+    def check(name: str, value: Any) -> None:
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            raise InputError(f"{name} must be a number", found=_shown(value), expected=allowed)
+        if not low <= value <= high or not math.isfinite(value):
+            raise InputError(f"{name}={value} is out of range", expected=allowed)
+
+    return check
+
+
+def optional(check: Check) -> Check:
+    """None, or what `check` allows."""
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def is_a(*kinds: type, spelled: str) -> Check:
+    """An instance of one of `kinds`."""
+
+    def check(name: str, value: Any) -> None:
+        if not isinstance(value, kinds):
+            raise InputError(f"{name} has the wrong type", found=_shown(value), expected=spelled)
+
+    return check
+
+
+def anything(name: str, value: Any) -> None:
+    """Checked where it is used."""
+
+
+def texts(name: str, value: Any) -> None:
+    """None, a text, or a list of at least one text; every text encodable as UTF-8."""
+    if value is None:
+        return
+    items = value if isinstance(value, list) else [value]
+    if not items:
+        raise InputError(f"{name} is an empty list", expected="a text, or a list of at least one")
+    for index, item in enumerate(items):
+        where = f"{name}[{index}]" if isinstance(value, list) else name
+        if not isinstance(item, str):
+            raise InputError(f"{where} is no text", found=_shown(item), expected="a text, or a list of texts")
+        try:
+            item.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{where} is no valid Unicode", found=f"a lone surrogate at character {error.start}") from None
+
+
+def size(name: str, value: Any) -> None:
+    """None, or a positive multiple of 8."""
+    if value is None:
+        return
+    whole(1)(name, value)
+    if value % 8:
+        below = value - value % 8
+        raise InputError(
+            f"{name}={value} is not divisible by 8",
+            remedy=f"use {f'{below} or ' if below else ''}{below + 8}: one latent stands for 8 pixels",
+        )
+    if value > MAX_PIXELS // 8:
+        raise LimitError(f"{name}={value} is too large", expected=f"at most {MAX_PIXELS} pixels a picture")
+
+
+def generators(name: str, value: Any) -> None:
+    """None, a torch.Generator, or a list of them."""
+    items = value if isinstance(value, list) and value else [value]
+    if value is not None and not all(isinstance(item, torch.Generator) for item in items):
+        raise InputError(
+            f"{name} has the wrong type",
+            found=_shown(value),
+            expected="a torch.Generator, or a list of one for each picture",
+            remedy="torch.Generator(device).manual_seed(seed)",
+        )
+
+
+def floats(*, dimensions: int) -> Check:
+    """None, or a finite floating point tensor with so many dimensions."""
+
+    def check(name: str, value: Any) -> None:
+        if value is None:
+            return
+        is_a(Tensor, spelled="a torch.Tensor")(name, value)
+        if value.ndim != dimensions or not value.is_floating_point() or not bool(torch.isfinite(value).all()):
+            raise InputError(
+                f"{name} has the wrong shape or values",
+                found=f"{tuple(value.shape)} of {value.dtype}" + ("" if value.isfinite().all() else ", not finite"),
+                expected=f"a finite floating point tensor with {dimensions} dimensions",
+            )
+
+    return check
+
+
+def callback(name: str, value: Any) -> None:
+    """None, or something that can be called."""
+    if value is not None and not callable(value):
+        raise InputError(f"{name} cannot be called", found=_shown(value), expected="a function, or None")
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r} ({type(value).__name__})" if not isinstance(value, Tensor) else f"a tensor {tuple(value.shape)}"
+
+
+# ---------------------------------------------------------------- the table
+
+
+@dataclass(frozen=True)
+class Argument:
+    """What a keyword means, and what it may be."""
+
+    description: str
+    check: Check = anything
+
+
+ARGUMENTS: dict[str, Argument] = {
+    "prompt": Argument("What the picture should show: a text, or a list with one for each picture.", texts),
+    "negative_prompt": Argument("What it should not show; a text, or one for each prompt. Used with guidance only.", texts),
+    "prompt_embeds": Argument("(batch, tokens, width): encoded prompts, instead of `prompt`.", floats(dimensions=3)),
+    "negative_prompt_embeds": Argument("(batch, tokens, width): encoded negative prompts.", floats(dimensions=3)),
+    "image": Argument("The picture to start from: PIL, array in [0, 1] or uint8, tensor in [0, 1], or a list of one kind."),
+    "mask_image": Argument("Where to paint: white is painted anew, black is kept. Of the aspect of `image`."),
+    "masked_image_latents": Argument(
+        "(batch, 4, height / 8, width / 8): latents of the masked picture, if they were made before.", floats(dimensions=4)
+    ),
+    "depth_map": Argument(
+        "(batch, height, width): depth, in any range; estimated from `image` if None.",
+        optional(is_a(Tensor, spelled="a torch.Tensor")),
+    ),
+    "height": Argument("Rows of the picture, a multiple of 8; what the model was trained on, if None.", size),
+    "width": Argument("Columns of the picture, likewise.", size),
+    "padding_mask_crop": Argument(
+        "Paint only a crop around the mask, this many pixels wider, at full size, and lay it back.", optional(whole(0))
+    ),
+    "strength": Argument("How far from `image` to go, in [0, 1]: 1 leaves nothing of it, 0 returns it.", number(0, 1)),
+    "num_inference_steps": Argument("Steps of denoising: more take longer and follow the model closer.", whole(1)),
+    "timesteps": Argument("The timesteps themselves, descending, instead of their number.", anything),
+    "guidance_scale": Argument("How much to favour the prompt over the unconditional picture; 1 or less: not at all.", number()),
+    "guidance_rescale": Argument("Bring guided predictions back to their natural contrast, in [0, 1].", number(0, 1)),
+    "num_images_per_prompt": Argument("Pictures for each prompt, at least 1.", whole(1)),
+    "eta": Argument("Noise added in each step, for schedulers that take it: 0 DDIM, 1 DDPM.", number(0, 1)),
+    "generator": Argument(
+        "The source of noise; the same seed gives the same picture. One, or a list of one a picture.", generators
+    ),
+    "latents": Argument("(batch, channels, height / 8, width / 8): the noise to start from.", floats(dimensions=4)),
+    "ip_adapter_image": Argument("A picture to take after, for pipelines with an IP-Adapter loaded."),
+    "output_type": Argument('"pil", "np", "pt", or "latent".', lambda name, value: check_output_type(value)),
+    "return_dict": Argument("Whether to return the output object or a plain tuple.", anything),
+    "cross_attention_kwargs": Argument(
+        "Keywords handed to the attention of the model.", optional(is_a(dict, spelled="a dictionary"))
+    ),
+    "clip_skip": Argument("How many of the last layers of the text encoder to leave out.", optional(whole(0))),
+    "callback_on_step_end": Argument(
+        "`function(pipe, step, timestep, tensors)`, called after each step; may return replacements, or set `pipe._interrupt`.",
+        callback,
+    ),
+    "callback_on_step_end_tensor_inputs": Argument(
+        "Names of the tensors that function is given.", is_a(list, tuple, spelled="a list of names")
+    ),
+    "callback": Argument("The older kind: `callback(step, timestep, latents)`, every `callback_steps` steps.", callback),
+    "callback_steps": Argument("How often to call the older kind.", optional(whole(1))),
+}
+"""Keyword → what it means and may be. Docstrings, checks and the documentation are filled from here."""
+
+
+# ---------------------------------------------------------------- what must fit together
+
+
+def check_prompts(arguments: Mapping[str, Any]) -> None:
+    """Raise `InputError` unless prompts and embeddings say one thing each, for the same number of pictures."""
+    prompt, embeds = arguments["prompt"], arguments["prompt_embeds"]
+    negative, negative_embeds = arguments["negative_prompt"], arguments["negative_prompt_embeds"]
+    if (prompt is None) == (embeds is None):
+        raise InputError(
+            "prompt and prompt_embeds are both " + ("missing" if prompt is None else "given"), remedy="pass one of the two"
+        )
+    if negative is not None and negative_embeds is not None:
+        raise InputError("negative_prompt and negative_prompt_embeds are both given", remedy="pass one of the two")
+    if embeds is not None and negative_embeds is not None and embeds.shape != negative_embeds.shape:
+        raise InputError(
+            "prompt_embeds and negative_prompt_embeds differ in shape",
+            found=f"{tuple(embeds.shape)} and {tuple(negative_embeds.shape)}",
+            expected="the same shape",
+        )
+    count = len(prompt) if isinstance(prompt, list) else 1 if embeds is None else len(embeds)
+    given = negative if isinstance(negative, list) else negative_embeds
+    if given is not None and len(given) != count:
+        name = "negative_prompt" if given is negative else "negative_prompt_embeds"
+        raise InputError(
+            f"{name} has {len(given)} entries for {count} prompts", remedy="pass one for each prompt, or one text for all"
+        )
+
+
+def check_callback_names(pipe: Any, arguments: Mapping[str, Any]) -> None:
+    """Raise `InputError` if a callback asks for a tensor the pipeline does not show."""
+    known = pipe._callback_tensor_inputs
+    for name in arguments["callback_on_step_end_tensor_inputs"]:
+        if name not in known:
+            close = nearest(str(name), known)
+            raise InputError(
+                f"callback_on_step_end_tensor_inputs: no tensor {name!r}",
+                expected=", ".join(known),
+                remedy=f"did you mean {close}?" if close else "",
+            )
+
+
+def check_pixels(arguments: Mapping[str, Any]) -> None:
+    """Raise `LimitError` if the picture would be larger than any that is decoded."""
+    height, width = arguments.get("height") or 8, arguments.get("width") or 8
+    if height * width > MAX_PIXELS:
+        raise LimitError(f"height={height} x width={width} is too large", expected=f"at most {MAX_PIXELS} pixels")
+
+
+def check_batch(name: str, value: Sequence[Any] | Tensor | None, batch: int) -> None:
+    """Raise `InputError` unless a list has one entry for each picture."""
+    if isinstance(value, (list, Tensor)) and len(value) != batch:
+        raise InputError(
+            f"{name}: {len(value)} given for {batch} pictures", expected=f"{batch}", remedy="pass one for each picture"
+        )
+
+
+def check_shape(name: str, value: Tensor | None, expected: tuple[int, ...]) -> None:
+    """Raise `InputError` unless a tensor, if given, has this shape."""
+    if value is not None and tuple(value.shape) != expected:
+        raise InputError(f"{name} has the wrong shape", found=tuple(value.shape), expected=expected)
+
+
+# ---------------------------------------------------------------- the decorator
+
+
+def recipe(call: _Call) -> _Call:
+    """Make a method a pipeline's `__call__`: arguments checked by name, a run begun, no gradients, docstring filled.
+
+    Raises:
+        UnknownArgumentError: A keyword the pipeline does not have; the message names the nearest.
+        InputError: An argument outside of what it may be. Nothing was computed, no generator was used.
+    """
+    signature = inspect.signature(call)
+    names = [name for name in signature.parameters if name != "self"]
+
+    @functools.wraps(call)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for name in kwargs:
+            if name not in signature.parameters:
+                raise unknown_argument(type(self).__name__, name, names)
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        for name in names:
+            ARGUMENTS[name].check(name, bound.arguments[name])
+        check_prompts(bound.arguments)
+        check_callback_names(self, bound.arguments)
+        check_pixels(bound.arguments)
+        arguments = {name: bound.arguments[name] for name in names}
+        with self.running(arguments), torch.no_grad():
+            return call(self, **arguments)
+
+    lines = [f"    {name}: {ARGUMENTS[name].description}" for name in names]
+    checked.__doc__ = "\n".join([inspect.cleandoc(call.__doc__ or ""), "", "Args:", *lines])
+    return checked  # pyright: ignore[reportReturnType]

@@ -1,0 +1,1 @@
+"""Stable Diffusion 1 and 2: text, image, mask and depth to image."""

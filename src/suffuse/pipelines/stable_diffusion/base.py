@@ -1,0 +1,378 @@
+"""What the pipelines of Stable Diffusion share: their components, and the verbs that use them (Rombach et al., 2022)."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from suffuse.diffusion.advance import step_options
+from suffuse.diffusion.conditioning import Conditioner, Conditioning, Keywords, text
+from suffuse.diffusion.decoders import decode_latents
+from suffuse.diffusion.guidance import ClassifierFreeGuidance, EmbeddedGuidance, Guidance, guidance_scale_embedding
+from suffuse.diffusion.latents import Generators, encode_image, repeats
+from suffuse.diffusion.prompts import encode_text, repeat_rows
+from suffuse.errors import ConfigError, InputError
+from suffuse.noise import randn_tensor
+from suffuse.outputs import BaseOutput
+from suffuse.pipelines.arguments import check_batch, check_shape
+from suffuse.pipelines.pipeline import DiffusionPipeline, Run
+from suffuse.processing.image import VaeImageProcessor
+
+if TYPE_CHECKING:
+    from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+
+    from suffuse.models.autoencoder_kl import AutoencoderKL
+    from suffuse.models.unet_2d_condition import UNet2DConditionModel
+    from suffuse.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from suffuse.schedulers.scheduler import SchedulerMixin
+
+PROMPTS = ("prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds")
+
+
+@dataclass
+class StableDiffusionPipelineOutput(BaseOutput):
+    """Pictures, and for each whether the safety checker blanked it (None: there is no checker)."""
+
+    images: Any
+    nsfw_content_detected: list[bool] | None
+
+
+class StableDiffusionBase(DiffusionPipeline):
+    """The verbs of Stable Diffusion: encode prompts, make noise, denoise, decode."""
+
+    model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
+    _optional_components = ["safety_checker", "feature_extractor", "image_encoder"]
+    _exclude_from_cpu_offload = ["safety_checker"]
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+
+    _scheduler_settings: ClassVar[dict[str, Any]] = {"steps_offset": 1, "clip_sample": False}
+    """What Stable Diffusion was trained with, and old checkpoints get wrong."""
+    _input_channels: ClassVar[tuple[int, ...]] = (4,)
+    """What the first layer of the UNet may take."""
+
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
+    unet: Any
+    safety_checker: Any
+    feature_extractor: Any
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: SchedulerMixin,
+        safety_checker: StableDiffusionSafetyChecker | None,
+        feature_extractor: CLIPImageProcessor | None,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
+        requires_safety_checker: bool = True,
+    ) -> None:
+        if safety_checker is None and requires_safety_checker:
+            warnings.warn(
+                f"{type(self).__name__} runs without a safety checker (safety_checker=None): nothing filters what it draws. "
+                "Keep the checker wherever the public sees results; pass requires_safety_checker=False to say that this is meant",
+                stacklevel=2,
+            )
+        if safety_checker is not None and feature_extractor is None:
+            raise ConfigError(
+                "a safety_checker needs a feature_extractor",
+                remedy="pass feature_extractor=…, or safety_checker=None for neither",
+            )
+        self.set_up(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+            image_encoder=image_encoder,
+        )
+        self.register_to_config(requires_safety_checker=requires_safety_checker)
+
+    def set_up(self, **components: Any) -> None:
+        """Take the components: the scheduler as Stable Diffusion needs it, and the picture processor of the autoencoder."""
+        if components["scheduler"] is not None:
+            components["scheduler"] = corrected_scheduler(components["scheduler"], self._scheduler_settings)
+        check_sizes(components)
+        self.register_modules(**components)
+        self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 8
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    # ------------------------------------------------------------ prompts and guidance
+
+    def guidance_for(self, scale: float, rescale: float = 0.0) -> Guidance:
+        """How this UNet is guided: by its own embedding of the scale if it was distilled so, else classifier-free."""
+        embedded = self.unet.config.time_cond_proj_dim is not None
+        return EmbeddedGuidance(scale, rescale) if embedded else ClassifierFreeGuidance(scale, rescale)
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        device: torch.device,
+        num_images_per_prompt: int,
+        do_classifier_free_guidance: bool,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Encode prompts and, for guidance, negative prompts.
+
+        Returns:
+            Two tensors (prompts · num_images_per_prompt, tokens, width); the second is None without guidance.
+        """
+        model = self.text_encoder if self.text_encoder is not None else self.unet
+        dtype = model.dtype if model is not None else None
+
+        def placed(states: Tensor) -> Tensor:
+            return repeat_rows(states.to(dtype=dtype, device=device), num_images_per_prompt)
+
+        if prompt_embeds is None:
+            prompts = [prompt] if isinstance(prompt, str) else prompt or []
+            prompt_embeds = encode_text(prompts, self.tokenizer, self.text_encoder, device, clip_skip=clip_skip)
+        if not do_classifier_free_guidance:
+            return placed(prompt_embeds), negative_prompt_embeds
+        if negative_prompt_embeds is None:
+            negatives = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""] * len(prompt_embeds)
+            negative_prompt_embeds = encode_text(
+                negatives, self.tokenizer, self.text_encoder, device, length=prompt_embeds.shape[1]
+            )
+        return placed(prompt_embeds), placed(negative_prompt_embeds)
+
+    def encode(self) -> Conditioning:
+        """The prompts of the run, joined over the branches its guidance asks for."""
+        run, guided = self._run, self.do_classifier_free_guidance
+        passed = {name: run.arguments[name] for name in PROMPTS}
+        self.check_encoders(run, passed["prompt"], passed["prompt_embeds"], passed["negative_prompt_embeds"])
+        count = run.arguments["num_images_per_prompt"]
+        cond, uncond = self.encode_prompt(
+            device=self.device, num_images_per_prompt=count, do_classifier_free_guidance=guided, clip_skip=run.clip_skip, **passed
+        )
+        tensors = {"prompt_embeds": torch.cat([uncond, cond]) if guided and uncond is not None else cond}
+        if uncond is not None:
+            tensors["negative_prompt_embeds"] = uncond
+        return Conditioning(len(cond), run.guidance.branches, tensors)
+
+    def check_encoders(self, run: Run, prompt: Any, prompt_embeds: Tensor | None, negative_embeds: Tensor | None) -> None:
+        """Raise `InputError` if the text encoder that this call needs is not there, or embeddings do not fit the UNet."""
+        needed = prompt is not None or (negative_embeds is None and self.do_classifier_free_guidance)
+        if needed and (self.text_encoder is None or self.tokenizer is None):
+            raise InputError(
+                "this pipeline has no text encoder",
+                remedy="pass prompt_embeds and negative_prompt_embeds, or load the pipeline with its text_encoder and tokenizer",
+            )
+        width = self.unet.config.cross_attention_dim
+        if prompt_embeds is not None and isinstance(width, int) and self.unet.config.encoder_hid_dim is None:
+            check_shape("prompt_embeds", prompt_embeds, (*prompt_embeds.shape[:-1], width))
+        layers = getattr(getattr(self.text_encoder, "config", None), "num_hidden_layers", None)
+        if run.clip_skip is not None and layers is not None and run.clip_skip >= layers:
+            raise InputError(
+                f"clip_skip={run.clip_skip} leaves no layer", expected=f"less than {layers}, the layers of the text encoder"
+            )
+
+    def conditioners(self, conditioning: Conditioning) -> list[Conditioner]:
+        """What the UNet of the run sees: the prompts, and what the call asks to hand on."""
+        run = self._run
+        if run.arguments.get("ip_adapter_image") is not None:
+            raise InputError("ip_adapter_image is given and no IP-Adapter is loaded", remedy="leave it out")
+        keywords: dict[str, Any] = {}
+        if run.cross_attention_kwargs:
+            keywords["cross_attention_kwargs"] = run.cross_attention_kwargs
+        if self.unet.config.time_cond_proj_dim is not None:
+            scale = torch.tensor(run.guidance.scale - 1).repeat(conditioning.batch)
+            embedding = self.get_guidance_scale_embedding(scale, self.unet.config.time_cond_proj_dim)
+            keywords["timestep_cond"] = embedding.to(self.device, self.unet.dtype)
+        return [text, Keywords(keywords)] if keywords else [text]
+
+    def get_guidance_scale_embedding(self, w: Tensor, embedding_dim: int = 512, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Sinusoidal embedding of guidance scales: (batch,) → (batch, embedding_dim)."""
+        return guidance_scale_embedding(w, embedding_dim, dtype)
+
+    # ------------------------------------------------------------ latents
+
+    def latent_shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(batch, channels, rows, columns) of the latents of a picture."""
+        channels = self.vae.config.latent_channels if self.vae is not None else self.unet.config.in_channels
+        return batch, channels, height // self.vae_scale_factor, width // self.vae_scale_factor
+
+    def default_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """(height, width) asked for, or what the UNet was trained on if either is missing."""
+        if height and width:
+            return height, width
+        sample = self.unet.config.sample_size
+        rows, columns = (sample, sample) if isinstance(sample, int) else sample
+        return rows * self.vae_scale_factor, columns * self.vae_scale_factor
+
+    def make_noise(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Standard normal noise from the generator of the call, or the latents that were passed for it."""
+        generator, latents = self._run.arguments["generator"], self._run.arguments.get("latents")
+        check_batch("generator", generator, shape[0])
+        check_shape("latents", latents, shape)
+        if latents is not None:
+            return latents.to(self.device)
+        return randn_tensor(shape, generator=generator, device=self.device, dtype=dtype)
+
+    def encode_pictures(self, image: Tensor, dtype: torch.dtype) -> Tensor:
+        """Latents of pictures, with the generator of the call; latents are passed through."""
+        image = image.to(device=self.device, dtype=dtype)
+        if image.shape[1] == self.vae.config.latent_channels:
+            return image
+        return encode_image(self.vae, image, self._run.arguments["generator"])
+
+    def noised(self, pictures: Tensor, timestep: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
+        """Latents of pictures at the noise level of a timestep (1,), for each of the batch."""
+        check_batch("generator", self._run.arguments["generator"], batch)
+        if isinstance(self._run.arguments["generator"], list):
+            pictures = torch.cat([pictures] * repeats(batch, pictures, "image"))
+        times = repeats(batch, pictures, "image")
+        clean = torch.cat([self.encode_pictures(pictures, dtype)] * times)
+        noise = randn_tensor(clean.shape, generator=self._run.arguments["generator"], device=self.device, dtype=dtype)
+        return self._run.scheduler.add_noise(clean, noise, timestep.repeat(batch))
+
+    def get_timesteps(self, num_inference_steps: int, strength: float, device: torch.device) -> tuple[Tensor, int]:
+        """The timesteps that `strength` leaves of those the scheduler was set to, and how many steps they are."""
+        return Run(self.scheduler).timesteps_for(num_inference_steps, strength)
+
+    def prepare_extra_step_kwargs(self, generator: Generators, eta: float) -> dict[str, Any]:
+        """Those of `eta` and `generator` that the scheduler's `step` takes."""
+        return step_options(self.scheduler, eta=eta, generator=generator)
+
+    # ------------------------------------------------------------ pictures
+
+    def decode_latents(self, latents: Tensor) -> np.ndarray:
+        """Scaled latents → (batch, height, width, 3) in [0, 1]."""
+        return self.image_processor.postprocess(decode_latents(self.vae, latents), output_type="np")
+
+    def run_safety_checker(self, image: Any, device: torch.device, dtype: torch.dtype) -> tuple[Any, list[bool] | None]:
+        """Blank the pictures that the safety checker objects to; says which they are (None: no checker)."""
+        if self.safety_checker is None:
+            return image, None
+        pictures = (
+            self.image_processor.postprocess(image, output_type="pil") if isinstance(image, Tensor) else self.numpy_to_pil(image)
+        )
+        features = self.feature_extractor(pictures, return_tensors="pt").to(device)
+        return self.safety_checker(images=image, clip_input=features.pixel_values.to(dtype))
+
+    def finish(self, latents: Tensor, dtype: torch.dtype, **conditions: Tensor) -> Any:
+        """Latents to what the call asked for: decoded, checked, in the form of `output_type`."""
+        arguments, flagged = self._run.arguments, None
+        if arguments["output_type"] != "latent":
+            image = decode_latents(self.vae, latents, arguments["generator"], **conditions)
+            image, flagged = self.run_safety_checker(image, self.device, dtype)
+            shown = [not hidden for hidden in flagged] if flagged is not None else None
+            latents = self.image_processor.postprocess(image, arguments["output_type"], shown)
+        return self.output(latents, flagged)
+
+    def unchanged(self, pictures: Tensor) -> Any:
+        """What a strength of 0 gives: the pictures themselves, as many as were asked for."""
+        arguments = self._run.arguments
+        prompt, embeds = arguments["prompt"], arguments["prompt_embeds"]
+        count = len(prompt) if isinstance(prompt, list) else 1 if embeds is None else len(embeds)
+        batch = count * arguments["num_images_per_prompt"]
+        pictures = torch.cat([pictures] * repeats(batch, pictures, "image"))
+        if pictures.shape[1] == self.vae.config.latent_channels or arguments["output_type"] == "latent":
+            return self.finish(self.encode_pictures(pictures, self.vae.dtype), self.vae.dtype)
+        return self.output(self.image_processor.postprocess(pictures, arguments["output_type"]), None)
+
+    def output(self, images: Any, flagged: list[bool] | None) -> Any:
+        """The result of a call, as an output object or a plain tuple."""
+        self.maybe_free_model_hooks()
+        made = StableDiffusionPipelineOutput(images, flagged)
+        return made if self._run.arguments["return_dict"] else made.to_tuple()
+
+    # ------------------------------------------------------------ switches of the models
+
+    def enable_vae_slicing(self) -> None:
+        """Decode pictures one by one: less memory for several at once."""
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        """Decode all pictures at once."""
+        self.vae.disable_slicing()
+
+    def enable_vae_tiling(self) -> None:
+        """Decode in overlapping tiles: large pictures in little memory."""
+        self.vae.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        """Decode in one piece."""
+        self.vae.disable_tiling()
+
+    def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
+        """Weigh skip connections down (s1, s2) and backbone features up (b1, b2) (Si et al., 2023, FreeU)."""
+        self.unet.enable_freeu(s1=s1, s2=s2, b1=b1, b2=b2)
+
+    def disable_freeu(self) -> None:
+        """Take FreeU out."""
+        self.unet.disable_freeu()
+
+    def fuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
+        """Join the query, key and value projections into one matrix product."""
+        for wanted, model in ((unet, self.unet), (vae, self.vae)):
+            if wanted:
+                model.fuse_qkv_projections()
+
+    def unfuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
+        """Undo `fuse_qkv_projections`."""
+        for wanted, model in ((unet, self.unet), (vae, self.vae)):
+            if wanted:
+                model.unfuse_qkv_projections()
+
+
+def corrected_scheduler(scheduler: SchedulerMixin, corrections: dict[str, Any]) -> SchedulerMixin:
+    """The scheduler itself, or one like it with the settings Stable Diffusion was trained with where it has others."""
+    wrong = {name: value for name, value in corrections.items() if scheduler.config.get(name, value) != value}
+    if not wrong:
+        return scheduler
+    settings = ", ".join(f"{name}={value}" for name, value in wrong.items())
+    warnings.warn(
+        f"{type(scheduler).__name__}: set to {settings}, as Stable Diffusion needs it; correct its config", stacklevel=5
+    )
+    return type(scheduler).from_config(scheduler.config, **wrong)
+
+
+def check_sizes(components: dict[str, Any]) -> None:
+    """Raise `ConfigError` if the components cannot work together: each says how wide its tensors are."""
+    configs = {name: getattr(component, "config", None) for name, component in components.items()}
+    unet, vae, encoder = configs.get("unet"), configs.get("vae"), configs.get("text_encoder")
+    if unet is not None and encoder is not None and unet.encoder_hid_dim is None and isinstance(unet.cross_attention_dim, int):
+        _same(
+            "unet/config.json",
+            "cross_attention_dim",
+            unet.cross_attention_dim,
+            "text_encoder/config.json",
+            "hidden_size",
+            encoder.hidden_size,
+        )
+    if unet is not None and vae is not None:
+        _same("unet/config.json", "out_channels", unet.out_channels, "vae/config.json", "latent_channels", vae.latent_channels)
+    if vae is not None and not vae.scaling_factor > 0:
+        raise ConfigError(
+            "vae/config.json: scaling_factor must be positive", found=vae.scaling_factor, expected="0.18215, usually"
+        )
+    tokenizer = components.get("tokenizer")
+    if encoder is not None and tokenizer is not None and len(tokenizer) > encoder.vocab_size:
+        raise ConfigError(
+            "the tokenizer has more tokens than text_encoder/config.json has vocab_size",
+            found=f"{len(tokenizer)} and {encoder.vocab_size}",
+            remedy="use the tokenizer that was saved with the text encoder",
+        )
+
+
+def _same(file: str, key: str, value: int, other_file: str, other_key: str, other: int) -> None:
+    if value != other:
+        raise ConfigError(
+            f"{file} and {other_file} disagree",
+            found=f"{key}={value}, {other_key}={other}",
+            expected="the same width",
+            remedy="load both from one checkpoint",
+        )

@@ -1,0 +1,64 @@
+"""Image to image with Stable Diffusion: noise a picture part of the way, denoise it to the prompt (SDEdit, Meng et al., 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from suffuse.diffusion.latents import Generators
+from suffuse.pipelines.arguments import recipe
+from suffuse.pipelines.stable_diffusion.base import StableDiffusionBase
+from suffuse.processing.image import ImageInput
+
+
+class StableDiffusionImg2ImgPipeline(StableDiffusionBase):
+    """Pictures from a picture and prompts."""
+
+    @recipe
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        image: ImageInput | None = None,
+        strength: float = 0.8,
+        num_inference_steps: int = 50,
+        timesteps: list[int] | None = None,
+        guidance_scale: float = 7.5,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: Generators = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        ip_adapter_image: ImageInput | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        clip_skip: int | None = None,
+        callback_on_step_end: Callable[..., Any] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        callback: Callable[..., Any] | None = None,
+        callback_steps: int | None = None,
+    ) -> Any:
+        """Redraw pictures as prompts say.
+
+        Returns:
+            `StableDiffusionPipelineOutput(images, nsfw_content_detected)`, or the same as a tuple.
+
+        Raises:
+            InputError, LimitError: An argument is not what it may be; no generator was used.
+            NonFiniteError: The numbers overflowed; says where, and what to do.
+        """
+        run = self._run
+        run.guidance = self.guidance_for(guidance_scale)
+        pictures = self.image_processor.preprocess(image)
+        if strength == 0:
+            return self.unchanged(pictures)
+        conditioning = self.encode()
+        conditioners = self.conditioners(conditioning)
+        dtype = conditioning.tensors["prompt_embeds"].dtype
+        way, steps = run.timesteps_for(run.set_timesteps(self.device), strength)
+        latents = self.noised(pictures, way[:1], conditioning.batch, dtype)
+        latents = self.denoise(self.unet, conditioning, latents, way, steps, conditioners)
+        return self.finish(latents, dtype)

@@ -1,0 +1,177 @@
+"""Inpainting with Stable Diffusion: paint a picture anew where a mask is white.
+
+A UNet with nine input channels was trained for it and sees the mask and the masked picture; with a plain UNet of four the known
+picture is laid back, at the right noise level, after every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from suffuse.diffusion.conditioning import Channels, Conditioner, per_branch
+from suffuse.diffusion.hooks import KeepUnmasked
+from suffuse.diffusion.latents import Generators, encode_image, repeats
+from suffuse.diffusion.loop import Hook
+from suffuse.errors import InputError
+from suffuse.models.autoencoder_asymmetric_kl import AsymmetricAutoencoderKL
+from suffuse.pipelines.arguments import recipe
+from suffuse.pipelines.stable_diffusion.base import StableDiffusionBase
+from suffuse.processing.image import ImageInput, VaeImageProcessor
+
+
+class StableDiffusionInpaintPipeline(StableDiffusionBase):
+    """Pictures painted anew where a mask is white."""
+
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds", "mask", "masked_image_latents"]
+    _scheduler_settings = {"steps_offset": 1, "skip_prk_steps": True}
+    _input_channels = (4, 9)
+
+    @cached_property
+    def mask_processor(self) -> VaeImageProcessor:
+        """Masks to tensors of zeros and ones."""
+        return VaeImageProcessor(
+            vae_scale_factor=self.vae_scale_factor, do_normalize=False, do_binarize=True, do_convert_grayscale=True
+        )
+
+    @recipe
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        image: ImageInput | None = None,
+        mask_image: ImageInput | None = None,
+        masked_image_latents: Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        padding_mask_crop: int | None = None,
+        strength: float = 1.0,
+        num_inference_steps: int = 50,
+        timesteps: list[int] | None = None,
+        guidance_scale: float = 7.5,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        ip_adapter_image: ImageInput | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        clip_skip: int | None = None,
+        callback_on_step_end: Callable[..., Any] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        callback: Callable[..., Any] | None = None,
+        callback_steps: int | None = None,
+    ) -> Any:
+        """Paint pictures anew where the mask is white.
+
+        Returns:
+            `StableDiffusionPipelineOutput(images, nsfw_content_detected)`, or the same as a tuple.
+
+        Raises:
+            InputError, LimitError: An argument is not what it may be; no generator was used.
+            NonFiniteError: The numbers overflowed; says where, and what to do.
+        """
+        run = self._run
+        run.guidance = self.guidance_for(guidance_scale)
+        height, width = self.default_size(height, width)
+        crop = self.crop_region(image, mask_image, padding_mask_crop, height, width)
+        placing = {"height": height, "width": width, "crops_coords": crop, "resize_mode": "fill" if crop else "default"}
+        pictures = self.image_processor.preprocess(image, **placing).float()
+        painted = self.mask_processor.preprocess(mask_image, name="mask_image", **placing)
+        check_aspects(image, mask_image)
+        if strength == 0:
+            return self.unchanged(pictures)
+        conditioning = self.encode()
+        batch, dtype = conditioning.batch, conditioning.tensors["prompt_embeds"].dtype
+        way, steps = run.timesteps_for(run.set_timesteps(self.device), strength)
+
+        # The generator is spent on the picture, the noise, the masked picture: in this order.
+        plain = self.unet.config.in_channels == 4
+        needed = plain or (strength < 1 and latents is None)
+        clean = self.repeated(batch, self.encode_pictures(pictures, dtype), "image") if needed else None
+        noise = self.make_noise(self.latent_shape(batch, height, width), dtype)
+        if strength == 1 or latents is not None:
+            latents = noise * run.scheduler.init_noise_sigma
+        else:
+            latents = run.scheduler.add_noise(clean, noise, way[:1].repeat(batch))
+        mask, masked = self.encode_masked(pictures, painted, masked_image_latents, batch, dtype)
+
+        branches = run.guidance.branches
+        conditioning.tensors |= {"mask": per_branch(mask, branches), "masked_image_latents": per_branch(masked, branches)}
+        hooks: list[Hook] = []
+        conditioners: list[Conditioner] = self.conditioners(conditioning)
+        if plain:
+            hooks.append(KeepUnmasked(run.scheduler, way, clean, noise, conditioning))
+        else:
+            conditioners.append(Channels(["mask", "masked_image_latents"]))
+        latents = self.denoise(self.unet, conditioning, latents, way, steps, conditioners, hooks)
+        made = self.finish(latents, dtype, **self.decoder_conditions(pictures, painted, dtype))
+        return self.laid_back(made, crop)
+
+    def crop_region(
+        self, image: Any, mask_image: Any, padding: int | None, height: int, width: int
+    ) -> tuple[int, int, int, int] | None:
+        """(left, top, right, bottom) of the crop to paint, or None for the whole picture."""
+        if padding is None:
+            return None
+        for name, value in (("image", image), ("mask_image", mask_image)):
+            if not isinstance(value, Image.Image):
+                raise InputError(f"padding_mask_crop needs a PIL picture for {name}", found=type(value).__name__)
+        if self._run.arguments["output_type"] != "pil":
+            raise InputError("padding_mask_crop needs output_type='pil'", found=self._run.arguments["output_type"])
+        return self.mask_processor.get_crop_region(mask_image, width, height, pad=padding)
+
+    def encode_masked(
+        self, pictures: Tensor, painted: Tensor, masked_latents: Tensor | None, batch: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """(mask, latents of the masked pictures) at the resolution of the latents, for each of the batch."""
+        rows, columns = pictures.shape[-2] // self.vae_scale_factor, pictures.shape[-1] // self.vae_scale_factor
+        mask = F.interpolate(painted, size=(rows, columns)).to(device=self.device, dtype=dtype)
+        if masked_latents is None:
+            masked = (pictures * (painted < 0.5)).to(device=self.device, dtype=dtype)
+            masked_latents = encode_image(self.vae, masked, self._run.arguments["generator"])
+        masked_latents = masked_latents.to(device=self.device, dtype=dtype)
+        mask = mask if len(mask) == batch else self.repeated(batch, mask, "mask_image")
+        masked_latents = masked_latents if len(masked_latents) == batch else self.repeated(batch, masked_latents, "image")
+        return mask, masked_latents
+
+    @staticmethod
+    def repeated(batch: int, values: Tensor, name: str) -> Tensor:
+        """`values` for each of the batch, in plain layout."""
+        return values.repeat(repeats(batch, values, name), 1, 1, 1)
+
+    def decoder_conditions(self, pictures: Tensor, painted: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What the decoder sees besides latents: an asymmetric autoencoder is shown the known part of the picture."""
+        if not isinstance(self.vae, AsymmetricAutoencoderKL):
+            return {}
+        return {"image": pictures.to(self.device, dtype), "mask": painted.to(self.device, dtype)}
+
+    def laid_back(self, made: Any, crop: tuple[int, int, int, int] | None) -> Any:
+        """The result with the crop that was painted laid back into the whole picture."""
+        if crop is None:
+            return made
+        whole, mask = self._run.arguments["image"], self._run.arguments["mask_image"]
+        images = [self.image_processor.apply_overlay(mask, whole, one, crop) for one in made[0]]
+        return self.output(images, made[1])
+
+
+def check_aspects(image: Any, mask_image: Any) -> None:
+    """Raise `InputError` if picture and mask are of different aspect: the mask would lie beside what it means."""
+    if not (isinstance(image, Image.Image) and isinstance(mask_image, Image.Image)):
+        return
+    aspects = [one.width / one.height for one in (image, mask_image)]
+    if abs(aspects[0] / aspects[1] - 1) > 0.02:
+        raise InputError(
+            "mask_image has another aspect than image",
+            found=f"{mask_image.width} x {mask_image.height} and {image.width} x {image.height}",
+            remedy="make the mask on the picture it belongs to",
+        )

@@ -1,0 +1,65 @@
+"""Text to image with Stable Diffusion (Rombach et al., 2022, "High-resolution image synthesis with latent diffusion models")."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from suffuse.diffusion.latents import Generators
+from suffuse.pipelines.arguments import recipe
+from suffuse.pipelines.stable_diffusion.base import StableDiffusionBase
+from suffuse.processing.image import ImageInput
+
+
+class StableDiffusionPipeline(StableDiffusionBase):
+    """Pictures from prompts."""
+
+    @recipe
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        timesteps: list[int] | None = None,
+        guidance_scale: float = 7.5,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        ip_adapter_image: ImageInput | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        guidance_rescale: float = 0.0,
+        clip_skip: int | None = None,
+        callback_on_step_end: Callable[..., Any] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        callback: Callable[..., Any] | None = None,
+        callback_steps: int | None = None,
+    ) -> Any:
+        """Draw what prompts say.
+
+        Returns:
+            `StableDiffusionPipelineOutput(images, nsfw_content_detected)`, or the same as a tuple.
+
+        Raises:
+            InputError, LimitError: An argument is not what it may be; nothing was computed.
+            NonFiniteError: The numbers overflowed; says where, and what to do.
+        """
+        height, width = self.default_size(height, width)
+        run = self._run
+        run.guidance = self.guidance_for(guidance_scale, guidance_rescale)
+        conditioning = self.encode()
+        conditioners = self.conditioners(conditioning)
+        dtype = conditioning.tensors["prompt_embeds"].dtype
+        steps = run.set_timesteps(self.device)
+        noise = self.make_noise(self.latent_shape(conditioning.batch, height, width), dtype)
+        latents = noise * run.scheduler.init_noise_sigma
+        latents = self.denoise(self.unet, conditioning, latents, run.scheduler.timesteps, steps, conditioners)
+        return self.finish(latents, dtype)

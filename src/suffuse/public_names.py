@@ -1,0 +1,36 @@
+"""The one table of public names: where each class and function lives.
+
+`import suffuse` reads only this; a module is imported when one of its names is first asked for (PEP 562). The loader looks
+classes up here as well, so a checkpoint can only ever name what stands in this table.
+"""
+
+from __future__ import annotations
+
+MODULES: dict[str, tuple[str, ...]] = {
+    "suffuse.configuration": ("ConfigMixin", "FrozenConfig", "register_to_config"),
+    "suffuse.models.model": ("ModelMixin",),
+    "suffuse.models.unet_2d_condition": ("UNet2DConditionModel",),
+    "suffuse.models.unet_2d": ("UNet2DModel",),
+    "suffuse.models.autoencoder_kl": ("AutoencoderKL",),
+    "suffuse.models.autoencoder_asymmetric_kl": ("AsymmetricAutoencoderKL",),
+    "suffuse.models.autoencoder_tiny": ("AutoencoderTiny",),
+    "suffuse.schedulers.scheduler": ("SchedulerMixin",),
+    "suffuse.schedulers.ddim": ("DDIMScheduler",),
+    "suffuse.schedulers.ddpm": ("DDPMScheduler",),
+    "suffuse.schedulers.pndm": ("PNDMScheduler",),
+    "suffuse.schedulers.lms_discrete": ("LMSDiscreteScheduler",),
+    "suffuse.schedulers.euler_discrete": ("EulerDiscreteScheduler",),
+    "suffuse.schedulers.euler_ancestral_discrete": ("EulerAncestralDiscreteScheduler",),
+    "suffuse.schedulers.heun_discrete": ("HeunDiscreteScheduler",),
+    "suffuse.schedulers.dpmsolver_multistep": ("DPMSolverMultistepScheduler",),
+    "suffuse.schedulers.dpmsolver_singlestep": ("DPMSolverSinglestepScheduler",),
+    "suffuse.schedulers.unipc_multistep": ("UniPCMultistepScheduler",),
+    "suffuse.pipelines.pipeline": ("DiffusionPipeline", "ImagePipelineOutput"),
+    "suffuse.pipelines.stable_diffusion.text_to_image": ("StableDiffusionPipeline",),
+    "suffuse.pipelines.stable_diffusion.image_to_image": ("StableDiffusionImg2ImgPipeline",),
+    "suffuse.pipelines.stable_diffusion.inpaint": ("StableDiffusionInpaintPipeline",),
+    "suffuse.pipelines.stable_diffusion.depth_to_image": ("StableDiffusionDepth2ImgPipeline",),
+}
+
+PUBLIC: dict[str, str] = {name: module for module, names in MODULES.items() for name in names}
+"""Public name → module that defines it."""

@@ -1,0 +1,1 @@
+"""The schedulers: noise schedules, prediction conversions, and one update rule a file."""

@@ -1,0 +1,113 @@
+"""The four tasks of Stable Diffusion, each with the peer's pipeline and ours on one checkpoint, and what to call them with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import diffusers
+import numpy as np
+import tiny
+import torch
+from PIL import Image
+
+import suffuse
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    components: tuple[str, ...] = ()
+    channels: int = 4
+    asymmetric: bool = False
+    call: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def peer(self) -> type:
+        return getattr(diffusers, self.name)
+
+    @property
+    def ours(self) -> type:
+        return getattr(suffuse, self.name)
+
+
+def picture(height: int = 64, width: int = 64, seed: int = 0, mode: str = "RGB") -> Image.Image:
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8))
+    return coarse.resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+
+
+def mask(height: int = 64, width: int = 64) -> Image.Image:
+    array = np.zeros((height, width), dtype=np.uint8)
+    array[height // 4 : height // 2 + 8, width // 4 : width // 2 + 12] = 255
+    return Image.fromarray(array)
+
+
+IMAGE = {"image": picture()}
+TASKS = {
+    "text": Task("StableDiffusionPipeline", call={"height": 64, "width": 48}),
+    "image": Task("StableDiffusionImg2ImgPipeline", call=IMAGE | {"strength": 0.7}),
+    "inpaint": Task("StableDiffusionInpaintPipeline", call=IMAGE | {"mask_image": mask(), "height": 64, "width": 64}),
+    "inpaint9": Task(
+        "StableDiffusionInpaintPipeline", channels=9, call=IMAGE | {"mask_image": mask(), "height": 64, "width": 64}
+    ),
+    "asymmetric": Task(
+        "StableDiffusionInpaintPipeline",
+        channels=9,
+        asymmetric=True,
+        call=IMAGE | {"mask_image": mask(), "height": 64, "width": 64},
+    ),
+    "depth": Task("StableDiffusionDepth2ImgPipeline", channels=5, call=IMAGE | {"strength": 0.7}),
+}
+
+
+@cache
+def folder(name: str) -> Path:
+    """A checkpoint of the task, written by the peer."""
+    task, path = TASKS[name], Path(mkdtemp(prefix="suffuse-"))
+    parts = tiny.stable_diffusion(path / "tokenizer")
+    parts["unet"] = tiny.unet(task.channels)
+    if task.asymmetric:
+        parts["vae"] = tiny.asymmetric_vae()
+    if name == "depth":
+        del parts["safety_checker"]
+        parts |= {"depth_estimator": tiny.depth_estimator(), "feature_extractor": tiny.depth_processor()}
+    options = {} if name == "depth" else {"requires_safety_checker": False}
+    task.peer(**parts, **options).save_pretrained(path / "pipeline")
+    return path / "pipeline"
+
+
+@cache
+def pair(name: str) -> tuple[Any, Any]:
+    """(the peer's pipeline, ours), loaded from one folder."""
+    task = TASKS[name]
+    peer, ours = task.peer.from_pretrained(folder(name)), task.ours.from_pretrained(folder(name))
+    for pipe in (peer, ours):
+        pipe.set_progress_bar_config(disable=True)
+    return peer, ours
+
+
+def set_scheduler(pipes: tuple[Any, Any], name: str, **options: Any) -> None:
+    """Give both pipelines a scheduler of this class, with the trained betas."""
+    for pipe, library in zip(pipes, (diffusers, suffuse), strict=True):
+        pipe.scheduler = getattr(library, name).from_config(tiny.scheduler().config, **options)
+
+
+def call(pipe: Any, task: str, **options: Any) -> Any:
+    settings = {"prompt": "a cat", "num_inference_steps": 4, "output_type": "pt", "return_dict": False}
+    seeded = {"generator": torch.Generator().manual_seed(7)}
+    return pipe(**{**settings, **TASKS[task].call, **seeded, **options})[0]
+
+
+def difference(one: Any, other: Any) -> float:
+    """The largest absolute difference of two results of any kind."""
+    if isinstance(one, list):
+        assert len(one) == len(other)
+        return max(difference(np.asarray(a, dtype=float), np.asarray(b, dtype=float)) for a, b in zip(one, other, strict=True))
+    one, other = torch.as_tensor(one), torch.as_tensor(other)
+    assert one.shape == other.shape
+    assert bool(torch.isfinite(one).all())
+    return (one - other).abs().max().item()

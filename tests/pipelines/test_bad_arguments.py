@@ -1,0 +1,190 @@
+"""Arguments that cannot be meant: each gets an error that says what came and what is allowed, and nothing changes."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tasks import call, difference, mask, pair, picture, set_scheduler
+
+from suffuse.errors import InputError, LimitError, MissingFileError, NonFiniteError, SuffuseError, UnknownArgumentError
+
+EMBEDS = torch.zeros(1, 77, 32)
+BAD: dict[str, tuple[str, dict, type[Exception], str]] = {
+    "no prompt": ("text", {"prompt": None}, InputError, "prompt and prompt_embeds are both missing"),
+    "a number for a prompt": ("text", {"prompt": 7}, InputError, r"prompt is no text(.|\n)*7 \(int\)"),
+    "an empty list of prompts": ("text", {"prompt": []}, InputError, "prompt is an empty list"),
+    "None among prompts": ("text", {"prompt": ["a", None]}, InputError, r"prompt\[1\] is no text"),
+    "a lone surrogate": ("text", {"prompt": "a\ud800"}, InputError, "no valid Unicode(.|\n)*character 1"),
+    "prompt and embeddings": ("text", {"prompt_embeds": EMBEDS}, InputError, "both given"),
+    "negative of another length": (
+        "text",
+        {"prompt": ["a"], "negative_prompt": ["a", "b"]},
+        InputError,
+        "2 entries for 1 prompt",
+    ),
+    "embeddings of other shapes": (
+        "text",
+        {"prompt": None, "prompt_embeds": EMBEDS, "negative_prompt_embeds": EMBEDS[:, :5]},
+        InputError,
+        r"\(1, 77, 32\) and \(1, 5, 32\)",
+    ),
+    "embeddings of another width": (
+        "text",
+        {"prompt": None, "prompt_embeds": EMBEDS[..., :8]},
+        InputError,
+        r"expected: \(1, 77, 32\)",
+    ),
+    "embeddings with NaN": ("text", {"prompt": None, "prompt_embeds": EMBEDS * math.nan}, InputError, "not finite"),
+    "height 100": ("text", {"height": 100}, InputError, r"height=100 is not divisible by 8(.|\n)*use 96 or 104"),
+    "height 0": ("text", {"height": 0}, InputError, "height=0 is out of range"),
+    "width -64": ("text", {"width": -64}, InputError, "width=-64 is out of range"),
+    "width as text": ("text", {"width": "64"}, InputError, r"width must be a whole number(.|\n)*'64' \(str\)"),
+    "height 8e6": ("text", {"height": 8_000_000, "width": 8_000_000}, LimitError, "at most"),
+    "more pixels than fit": ("text", {"height": 80_000, "width": 80_000}, LimitError, "at most 64000000 pixels"),
+    "no steps": ("text", {"num_inference_steps": 0}, InputError, "num_inference_steps=0 is out of range"),
+    "-1 steps": ("text", {"num_inference_steps": -1}, InputError, "at least 1"),
+    "1.5 steps": ("text", {"num_inference_steps": 1.5}, InputError, "must be a whole number"),
+    "steps as text": ("text", {"num_inference_steps": "2"}, InputError, r"'2' \(str\)"),
+    "more steps than were trained": ("text", {"num_inference_steps": 1001}, SuffuseError, "1000"),
+    "guidance NaN": ("text", {"guidance_scale": math.nan}, InputError, "guidance_scale=nan is out of range"),
+    "guidance infinite": ("text", {"guidance_scale": math.inf}, InputError, "a finite number"),
+    "guidance as text": ("text", {"guidance_scale": "7"}, InputError, r"'7' \(str\)"),
+    "eta 2": ("text", {"eta": 2}, InputError, r"eta=2 is out of range(.|\n)*\[0, 1\]"),
+    "rescale -1": ("text", {"guidance_rescale": -1}, InputError, r"\[0, 1\]"),
+    "strength 1.5": ("image", {"strength": 1.5}, InputError, r"strength=1.5 is out of range(.|\n)*\[0, 1\]"),
+    "strength that leaves no step": ("image", {"strength": 0.1}, InputError, "num_inference_steps=10 or more"),
+    "0 pictures": ("text", {"num_images_per_prompt": 0}, InputError, "at least 1"),
+    "-1 pictures": ("text", {"num_images_per_prompt": -1}, InputError, "at least 1"),
+    "latents of another shape": (
+        "text",
+        {"latents": torch.zeros(1, 4, 8, 8)},
+        InputError,
+        r"\(1, 4, 8, 8\)(.|\n)*\(1, 4, 32, 24\)",
+    ),
+    "latents with infinity": ("text", {"latents": torch.full((1, 4, 32, 24), math.inf)}, InputError, "not finite"),
+    "generators of another number": (
+        "text",
+        {"generator": [torch.Generator()] * 3},
+        InputError,
+        "generator: 3 given for 1 pictures",
+    ),
+    "a seed for a generator": ("text", {"generator": 7}, InputError, r"torch.Generator\(device\).manual_seed"),
+    "clip_skip -1": ("text", {"clip_skip": -1}, InputError, "at least 0"),
+    "clip_skip of all layers": ("text", {"clip_skip": 3}, InputError, "less than 3"),
+    "output_type 'jpg'": ("text", {"output_type": "jpg"}, InputError, "pil, np, pt, latent"),
+    "a misspelt keyword": ("text", {"guidence_scale": 7}, UnknownArgumentError, "did you mean 'guidance_scale'"),
+    "no function": ("text", {"callback_on_step_end": 3}, InputError, "cannot be called"),
+    "a tensor that is not there": (
+        "text",
+        {"callback_on_step_end": print, "callback_on_step_end_tensor_inputs": ["latent"]},
+        InputError,
+        "no tensor 'latent'(.|\n)*did you mean 'latents'",
+    ),
+    "a callback that returns a tensor": (
+        "text",
+        {"callback_on_step_end": lambda *_: torch.zeros(1)},
+        InputError,
+        "returned no dictionary",
+    ),
+    "timesteps for a scheduler without": ("text", {"timesteps": [1, 0]}, InputError, "takes no custom timesteps"),
+    "an adapter picture without adapter": ("text", {"ip_adapter_image": picture()}, InputError, "no IP-Adapter is loaded"),
+    "no picture": ("image", {"image": None}, InputError, "image is no picture"),
+    "a path for a picture": ("image", {"image": "photo.png"}, InputError, "image is no picture(.|\n)*str"),
+    "no mask": ("inpaint", {"mask_image": None}, InputError, "mask_image is no picture"),
+    "a mask of another aspect": ("inpaint", {"mask_image": mask(64, 128)}, InputError, "128 x 64 and 64 x 64"),
+    "a crop of tensors": (
+        "inpaint",
+        {"padding_mask_crop": 4, "image": torch.zeros(1, 3, 64, 64)},
+        InputError,
+        "needs a PIL picture",
+    ),
+    "a crop of nothing": (
+        "inpaint",
+        {"padding_mask_crop": 4, "mask_image": Image.new("L", (64, 64)), "output_type": "pil"},
+        InputError,
+        "is black",
+    ),
+    "a flat depth map": ("depth", {"depth_map": torch.ones(1, 8, 8)}, InputError, "depth_map is flat"),
+    "a depth map with a hole": ("depth", {"depth_map": torch.full((1, 8, 8), math.nan)}, InputError, "no depth map"),
+    "latents without a depth map": ("depth", {"image": torch.zeros(1, 4, 32, 32)}, InputError, "cannot be estimated"),
+    "more pictures than prompts": ("image", {"image": [picture(), picture(seed=1)]}, InputError, "2 given for 1 pictures"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_is_told_and_changes_nothing(name):
+    task, options, error, message = BAD[name]
+    _, pipe = pair(task)
+    set_scheduler(pair(task), "DDIMScheduler")
+    expected = call(pipe, task)
+    generator = torch.Generator().manual_seed(7)
+    state = generator.get_state()
+    with pytest.raises(error, match=message) as raised:
+        call(pipe, task, **{"generator": generator} | options)
+    assert isinstance(raised.value, SuffuseError)
+    if "callback" not in name:
+        assert torch.equal(generator.get_state(), state), "the generator was used"
+    assert difference(call(pipe, task), expected) == 0
+
+
+def test_a_prompt_longer_than_the_encoder_reads_is_told_in_numbers():
+    _, pipe = pair("text")
+    with pytest.warns(
+        UserWarning, match=r"prompt 0 has 202 tokens and the text encoder reads 77: the last 125 are ignored"
+    ) as seen:
+        call(pipe, "text", prompt="ab" * 100)
+    assert all("abab" not in str(warning.message) for warning in seen)
+
+
+def test_strength_0_returns_the_picture():
+    for task in ("image", "depth", "inpaint"):
+        _, pipe = pair(task)
+        made = call(pipe, task, strength=0, output_type="pil")
+        assert np.array_equal(np.asarray(made[0]), np.asarray(picture()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_autoencoder_that_overflows_decodes_in_float32(dtype):
+    import copy
+
+    _, pipe = pair("text")
+    vae = copy.deepcopy(pipe.vae)
+    vae.decoder.conv_out.register_forward_hook(lambda module, args, out: out * 1e6 if out.dtype == torch.float16 else out)
+    vae.decoder.conv_in.register_forward_hook(lambda module, args, out: out / 0 if out.dtype == dtype else out)
+    half = type(pipe).from_pipe(pipe, vae=vae.to(dtype))
+    half.set_progress_bar_config(disable=True)
+    with pytest.warns(UserWarning, match=f"overflowed in {dtype}: decoding once more in float32"):
+        made = call(half, "text", output_type="pt")
+    assert made.isfinite().all()
+    assert made.std() > 0.01
+    assert half.vae.dtype == dtype
+
+
+def test_latents_that_overflow_name_the_step_and_never_become_a_picture():
+    _, pipe = pair("text")
+    handle = pipe.unet.conv_out.register_forward_hook(lambda module, args, out: out * math.inf)
+    try:
+        with pytest.raises(NonFiniteError, match=r"after step 1 of 4(.|\n)*torch.bfloat16"):
+            call(pipe, "text")
+    finally:
+        handle.remove()
+
+
+def test_a_text_encoder_that_is_not_there_is_missed_when_it_is_needed():
+    _, pipe = pair("text")
+    without = type(pipe).from_pipe(pipe, text_encoder=None, tokenizer=None)
+    without.set_progress_bar_config(disable=True)
+    with pytest.raises(InputError, match="has no text encoder"):
+        call(without, "text")
+    call(without, "text", prompt=None, prompt_embeds=EMBEDS, negative_prompt_embeds=EMBEDS)
+
+
+def test_no_folder():
+    import suffuse
+
+    with pytest.raises(MissingFileError, match="no folder"):
+        suffuse.DiffusionPipeline.from_pretrained("nowhere/at-all")

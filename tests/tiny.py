@@ -1,0 +1,149 @@
+"""Tiny real checkpoints, made with the peer's classes: every component real, random and small."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import diffusers
+import torch
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    DPTConfig,
+    DPTForDepthEstimation,
+    DPTImageProcessorPil,
+)
+
+WIDTH = 32
+LETTERS = [*"abcdefghijklmnopqrstuvwxyz0123456789,.!?'-"]
+
+
+def unet(in_channels: int = 4, **options) -> diffusers.UNet2DConditionModel:
+    torch.manual_seed(in_channels)
+    return diffusers.UNet2DConditionModel(
+        **{
+            "block_out_channels": (32, 64),
+            "layers_per_block": 1,
+            "sample_size": 32,
+            "in_channels": in_channels,
+            "out_channels": 4,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "cross_attention_dim": WIDTH,
+            "attention_head_dim": 8,
+            **options,
+        }
+    ).eval()
+
+
+def vae() -> diffusers.AutoencoderKL:
+    torch.manual_seed(11)
+    return diffusers.AutoencoderKL(
+        block_out_channels=[32, 64],
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        latent_channels=4,
+    ).eval()
+
+
+def asymmetric_vae() -> diffusers.AsymmetricAutoencoderKL:
+    torch.manual_seed(12)
+    return diffusers.AsymmetricAutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        down_block_out_channels=[32, 64],
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        up_block_out_channels=[32, 64],
+        layers_per_up_block=1,
+        latent_channels=4,
+    ).eval()
+
+
+def text_encoder() -> CLIPTextModel:
+    torch.manual_seed(13)
+    config = CLIPTextConfig(
+        hidden_size=WIDTH,
+        intermediate_size=37,
+        num_attention_heads=4,
+        num_hidden_layers=3,
+        vocab_size=len(vocabulary()),
+        bos_token_id=len(vocabulary()) - 2,
+        eos_token_id=len(vocabulary()) - 1,
+        pad_token_id=len(vocabulary()) - 1,
+    )
+    return CLIPTextModel(config).eval()
+
+
+def vocabulary() -> list[str]:
+    return [*LETTERS, *(letter + "</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
+
+
+def tokenizer(folder: Path) -> CLIPTokenizer:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(vocabulary())}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(
+        vocab=json.loads((folder / "vocab.json").read_text()), merges=[], model_max_length=77, unk_token="<|endoftext|>"
+    )
+
+
+def scheduler(**options) -> diffusers.DDIMScheduler:
+    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+    return diffusers.DDIMScheduler(**{**settings, "set_alpha_to_one": False, "steps_offset": 1, **options})
+
+
+def safety_checker():
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+
+    torch.manual_seed(14)
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
+    )
+    config = CLIPConfig(vision_config=vision.to_dict(), text_config=CLIPTextConfig(hidden_size=32).to_dict(), projection_dim=32)
+    checker = StableDiffusionSafetyChecker(config).eval()
+    checker.concept_embeds.data = torch.randn(17, 32)
+    checker.special_care_embeds.data = torch.randn(3, 32)
+    return checker
+
+
+def image_processor() -> CLIPImageProcessorPil:
+    return CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+
+
+def depth_estimator() -> DPTForDepthEstimation:
+    torch.manual_seed(15)
+    config = DPTConfig(
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=37,
+        image_size=32,
+        patch_size=16,
+        backbone_out_indices=[0, 1, 2, 3],
+        neck_hidden_sizes=[16, 16, 32, 32],
+        reassemble_factors=[4, 2, 1, 0.5],
+        fusion_hidden_size=16,
+        is_hybrid=False,
+    )
+    return DPTForDepthEstimation(config).eval()
+
+
+def depth_processor() -> DPTImageProcessorPil:
+    return DPTImageProcessorPil(size={"height": 32, "width": 32})
+
+
+def stable_diffusion(folder: Path) -> dict:
+    """Components of a text-to-image pipeline."""
+    return {
+        "vae": vae(),
+        "text_encoder": text_encoder(),
+        "tokenizer": tokenizer(folder),
+        "unet": unet(),
+        "scheduler": scheduler(),
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
