@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -37,7 +38,7 @@ def make(folder: Path) -> None:
     transformers.CLIPTextModel(text).save_pretrained(folder / "text_encoder")
 
 
-def load(library: str, folder: Path, dtype: str, threads: int) -> None:
+def load(library: str, folder: Path, dtype: str, threads: int, mapped: bool) -> None:
     """Load the three models, and print the seconds of it as JSON."""
     began = time.perf_counter()
     import torch
@@ -51,7 +52,8 @@ def load(library: str, folder: Path, dtype: str, threads: int) -> None:
     imported = time.perf_counter()
     kind = getattr(torch, dtype)
     base = _anonymous("VmRSS", "RssFile", "RssShmem")
-    loaded = [cls.from_pretrained(folder / name, torch_dtype=kind) for name, cls in (("unet", unet), ("vae", vae))]
+    options = {"disable_mmap": False} if mapped else {}
+    loaded = [cls.from_pretrained(folder / name, torch_dtype=kind, **options) for name, cls in (("unet", unet), ("vae", vae))]
     if library == "suffuse":
         loaded.append(load_transformers_model(text_encoder, folder / "text_encoder", torch_dtype=kind))
     else:
@@ -68,6 +70,14 @@ def load(library: str, folder: Path, dtype: str, threads: int) -> None:
     print(json.dumps({**told, "memory": (peak - base) / weights}))
 
 
+def forget(folder: Path) -> None:
+    """Drop the files from the page cache."""
+    for path in folder.rglob("*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def _anonymous(first: str, *less: str) -> int:
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
     return 1024 * (2 * int(status[first].split()[0]) - sum(int(status[name].split()[0]) for name in (first, *less)))
@@ -79,18 +89,22 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", default="float16", choices=("float16", "float32", "bfloat16"))
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cold", action="store_true", help="let the system forget the files before each load")
+    parser.add_argument("--map", action="store_true", help="let suffuse map the files, as the peer does")
     parser.add_argument("--only", choices=LIBRARIES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.only:
-        load(arguments.only, arguments.folder, arguments.dtype, arguments.threads)
+        load(arguments.only, arguments.folder, arguments.dtype, arguments.threads, arguments.map)
         return
     if not (arguments.folder / "text_encoder").is_dir():
         make(arguments.folder)
     results: dict[str, list[dict[str, float]]] = {library: [] for library in LIBRARIES}
     for _ in range(arguments.repeats):
         for library in LIBRARIES:
+            if arguments.cold:
+                forget(arguments.folder)
             command = [sys.executable, "-W", "ignore", __file__, "--folder", str(arguments.folder), "--only", library]
-            command += ["--dtype", arguments.dtype, "--threads", str(arguments.threads)]
+            command += ["--dtype", arguments.dtype, "--threads", str(arguments.threads), *(["--map"] if arguments.map else [])]
             output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             results[library].append(json.loads(output.splitlines()[-1]))
             print(library, {name: round(value, 3) for name, value in results[library][-1].items()}, flush=True)

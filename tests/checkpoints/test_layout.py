@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -161,3 +163,11 @@ def test_a_folder_that_is_none_is_named(tmp_path: Path) -> None:
         local_folder(tmp_path / "file")
     with pytest.raises(PathEscapeError, match="leads out"):
         local_folder(tmp_path, "../x")
+
+
+def test_loading_needs_neither_transformers_nor_accelerate() -> None:
+    program = (
+        "import sys, suffuse.models.model; print(sorted({'transformers', 'accelerate', 'scipy', 'diffusers'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

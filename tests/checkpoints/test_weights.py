@@ -315,6 +315,19 @@ def test_nothing_of_the_file_is_needed_once_it_is_loaded(small: Small, folder: P
     assert_equal(loaded, small)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_mapping_on_request_loads_the_same_and_leaves_the_file_alone(dtype: torch.dtype, small: Small, folder: Path) -> None:
+    before = (folder / WEIGHTS).read_bytes()
+    mapped = Small.from_pretrained(folder, disable_mmap=False, torch_dtype=dtype)
+    assert_equal(mapped, Small.from_pretrained(folder, torch_dtype=dtype))
+    with torch.no_grad():
+        mapped.embedding.weight.zero_()
+    assert (folder / WEIGHTS).read_bytes() == before
+    alter(folder, scale=torch.tensor(torch.nan))
+    with pytest.raises(NonFiniteError, match="'scale' holds NaN"):
+        Small.from_pretrained(folder, disable_mmap=False)
+
+
 def test_modules_are_built_without_storage_in_this_thread_only() -> None:
     with unfilled():
         module = Small(width=512)

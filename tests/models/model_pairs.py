@@ -1,8 +1,9 @@
 """The same tiny model twice, ours and the peer's, with the same weights."""
 
 import diffusers
-import suffuse
 import torch
+
+import suffuse
 
 torch.set_num_threads(1)
 

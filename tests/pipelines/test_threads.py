@@ -26,7 +26,7 @@ def test_eight_threads_on_one_pipeline(scheduler):
     runs = [
         {
             "prompt": f"cat {seed}",
-            "num_inference_steps": 3 + seed % 3,
+            "num_inference_steps": 4 + seed % 3,
             "guidance_scale": 1 + seed,
             "height": 32,
             "width": 32 + 8 * (seed % 2),

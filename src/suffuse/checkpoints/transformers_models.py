@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from suffuse.checkpoints.layout import TRANSFORMERS, find_weights, local_folder
-from suffuse.checkpoints.memory import allocate
 from suffuse.checkpoints.reading import check_finite, open_source
 from suffuse.checkpoints.weights import first_names, matches, parse_dtype
 from suffuse.configuration import read_json
@@ -64,8 +63,7 @@ def load_transformers_model(
         with _quiet():
             return cls.from_pretrained(folder, dtype=dtype, variant=variant, local_files_only=True).eval()
     # To widen is exact, so it may be done while reading. To narrow is left to transformers, which knows what it keeps wide.
-    kinds = [(torch.Size(stored.shape), _widened(stored.dtype, dtype)) for stored in source.tensors.values()]
-    tensors = dict(zip(source.tensors, allocate(kinds), strict=True))
+    tensors = {name: torch.empty(stored.shape, dtype=_widened(stored.dtype, dtype)) for name, stored in source.tensors.items()}
     source.fill(tensors)
     with _quiet():
         config = _config(cls, folder)

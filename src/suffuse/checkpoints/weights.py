@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from suffuse.checkpoints.layout import WeightFiles
-from suffuse.checkpoints.memory import allocate
 from suffuse.checkpoints.reading import Source, Stored, open_source
 from suffuse.errors import InputError, LimitError, WeightsMismatchError
 
@@ -49,19 +48,17 @@ class Placement:
         dtype: Of floating tensors; None keeps what the module was built with; integers keep theirs.
         float32: Names of modules, of which any part of a tensor's dotted name is enough, that stay float32.
         devices: Prefix of a tensor's name → device; "" stands for all others.
+        mapped: Tensors that need no conversion may be pages of the file.
     """
 
     dtype: torch.dtype | None = None
     float32: Sequence[str] = ()
     devices: Mapping[str, torch.device] = field(default_factory=dict[str, torch.device])
+    mapped: bool = False
 
-    def empty(self, likes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Memory for the tensors of these names, with the shapes of the ones given."""
-        here = [name for name in likes if self.device(name).type == "cpu"]
-        made = dict(zip(here, allocate([(likes[name].shape, self.type(name, likes[name])) for name in here]), strict=True))
-        for name in likes.keys() - made.keys():
-            made[name] = torch.empty(likes[name].shape, dtype=self.type(name, likes[name]), device=self.device(name))
-        return made
+    def empty(self, name: str, like: Tensor) -> Tensor:
+        """Memory for the tensor called `name`, with the shape of `like`."""
+        return torch.empty(like.shape, dtype=self.type(name, like), device=self.device(name))
 
     def type(self, name: str, like: Tensor) -> torch.dtype:
         """The type for the tensor called `name`, which was built as `like`."""
@@ -131,6 +128,7 @@ def load_weights(
     dtype: torch.dtype | str | None = None,
     float32: Sequence[str] = (),
     devices: Mapping[str, torch.device] | None = None,
+    mapped: bool = False,
     tolerance: Tolerance | None = None,
 ) -> tuple[Any, LoadingReport]:
     """A module, in evaluation mode, with the weights of `files`.
@@ -141,6 +139,7 @@ def load_weights(
         dtype: Of floating tensors: a type, its name, "auto" for the type in the files, or None for float32.
         float32: Names of modules whose tensors stay float32 whatever `dtype` says.
         devices: Prefix of a tensor's name → device; "" stands for all others.
+        mapped: Leave tensors that need no conversion as pages of the file: quick to load, but the file must not change.
         tolerance: What may differ; nothing but tensors left over, if None.
 
     Raises:
@@ -160,7 +159,7 @@ def load_weights(
     wanted: dict[str, Tensor] = module.state_dict(keep_vars=True)
     names = _match(wanted, source.tensors)
     report = _compare(module, files, wanted, names, source, tolerance or Tolerance())
-    place = Placement(parse_dtype(dtype, source) or torch.float32, float32, devices or {})
+    place = Placement(parse_dtype(dtype, source) or torch.float32, float32, devices or {}, mapped)
     absent = {*report.missing_keys, *(name for name, _, _ in report.mismatched_keys)}
     _fill(module, wanted, {name: stored for name, stored in names.items() if name not in absent}, source, place)
     _initialise(module, build, absent, place)
@@ -244,8 +243,11 @@ def _fill(module: nn.Module, wanted: Mapping[str, Tensor], names: Mapping[str, s
     for name, old in wanted.items():
         if name in names:
             first.setdefault(id(old), name)
-    made = place.empty({name: wanted[name] for name in first.values()})
-    source.fill({names[name]: tensor for name, tensor in made.items()})
+    here = {names[n]: place.type(n, wanted[n]) for n in first.values() if place.mapped and place.device(n).type == "cpu"}
+    pages = source.mapped(here)
+    fresh = {name: place.empty(name, wanted[name]) for name in first.values() if names[name] not in pages}
+    source.fill({names[name]: tensor for name, tensor in fresh.items()})
+    made = {name: fresh[name] if name in fresh else pages[names[name]] for name in first.values()}
     replaced = {id(wanted[name]): _like(wanted[name], tensor) for name, tensor in made.items()}
     _replace(module, lambda _, old: replaced.get(id(old), old))
 
@@ -262,7 +264,7 @@ def _initialise(module: nn.Module, build: Callable[[], nn.Module], absent: Colle
 
     def initial(name: str, old: Tensor) -> Tensor:
         if (old.is_meta or name in absent) and id(old) not in made:
-            made[id(old)] = _like(old, place.empty({name: old})[name].copy_(fresh[name].detach()))
+            made[id(old)] = _like(old, place.empty(name, old).copy_(fresh[name].detach()))
         return made.get(id(old), old)
 
     _replace(module, initial)

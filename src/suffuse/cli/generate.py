@@ -56,7 +56,6 @@ def generate(
     a depth-to-image model keeps the depth of --image. Every PNG carries its settings: `suffuse.settings(path)` reads them.
 
     Examples:
-
       suffuse generate "a lighthouse at dawn" --model stable-diffusion-v1-5 --seed 7
 
       suffuse generate "an oil painting" --model stable-diffusion-v1-5 --image photo.jpg --strength 0.6

@@ -29,7 +29,7 @@ def decode_latents(vae: Any, latents: Tensor, generator: Any = None, **condition
     Raises:
         NonFiniteError: The autoencoder gave NaN or infinity in float32 too.
     """
-    scaled = latents / vae.config.scaling_factor
+    scaled = (latents / vae.config.scaling_factor).to(vae.dtype)
     image = vae.decode(scaled, return_dict=False, generator=generator, **conditions)[0]
     if not bool(torch.isfinite(image).all()) and image.dtype in (torch.float16, torch.bfloat16):
         warnings.warn(f"the autoencoder overflowed in {image.dtype}: decoding once more in float32", stacklevel=4)

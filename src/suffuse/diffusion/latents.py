@@ -23,6 +23,7 @@ def encode_image(vae: Any, image: Tensor, generator: Generators = None) -> Tenso
     Returns:
         (batch, latent channels, height / factor, width / factor).
     """
+    image = image.to(vae.dtype)
     if isinstance(generator, list):
         latents = torch.cat([_sample(vae.encode(image[i : i + 1]), generator[i]) for i in range(len(image))])
     else:

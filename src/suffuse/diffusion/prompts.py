@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from typing import Any
 
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor
 
 from suffuse.errors import NonFiniteError
+
+_TOKENIZING = threading.Lock()
+"""Tokenizers keep how to pad and cut in themselves: one call at a time, or threads cut each other's prompts."""
 
 
 def encode_text(
@@ -38,8 +42,10 @@ def encode_text(
         NonFiniteError: The encoder gave NaN or infinity even in float32.
     """
     length = length or tokenizer.model_max_length
-    tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    _warn_of_cut(texts, tokenizer, length)
+    with _TOKENIZING:
+        tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        counts = [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False).input_ids]
+    _warn_of_cut(counts, length)
     mask = tokens.attention_mask.to(device) if getattr(text_encoder.config, "use_attention_mask", False) else None
     ids = tokens.input_ids.to(device)
     if clip_skip is None:
@@ -63,8 +69,7 @@ def repeat_rows(rows: Tensor, times: int) -> Tensor:
     return rows.repeat(1, times, 1).view(batch * times, length, -1)
 
 
-def _warn_of_cut(texts: list[str], tokenizer: Any, length: int) -> None:
-    counts = [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False).input_ids]
+def _warn_of_cut(counts: list[int], length: int) -> None:
     for index, count in enumerate(counts):
         if count > length:
             warnings.warn(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -106,7 +105,9 @@ def _smoothing(like: Tensor, gain: int) -> Tensor:
 def _per_channel(like: Tensor, gain: int) -> Tensor:
     # Dense, though a grouped convolution would do: it adds in another order and differs in the last bit.
     channels = like.shape[1]
-    return torch.eye(channels, dtype=like.dtype, device=like.device)[:, :, None, None] * _smoothing(like, gain)
+    weight = like.new_zeros(channels, channels, 4, 4)
+    weight.diagonal().copy_(_smoothing(like, gain)[..., None])
+    return weight
 
 
 def _spread(x: Tensor) -> Tensor:

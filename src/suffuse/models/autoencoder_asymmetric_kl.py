@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from suffuse.configuration import register_to_config
+from suffuse.configuration import ConfigMixin, register_to_config
 from suffuse.errors import InputError
 from suffuse.layers.gradient_checkpointing import GradientCheckpointing
 from suffuse.models.attention_services import AttentionServices
+from suffuse.models.autoencoder_kl import AutoencoderKL
 from suffuse.models.model import ModelMixin
 from suffuse.models.sizes import require_positive
 from suffuse.models.vae import AutoencoderKLOutput, Decoder, DecoderOutput, DiagonalGaussianDistribution, Encoder
@@ -59,14 +60,8 @@ class AsymmetricAutoencoderKL(AttentionServices, GradientCheckpointing, ModelMix
         scaling_factor: float = 0.18215,
     ) -> None:
         super().__init__()
-        require_positive(
-            "AsymmetricAutoencoderKL",
-            in_channels=in_channels,
-            out_channels=out_channels,
-            latent_channels=latent_channels,
-            norm_num_groups=norm_num_groups,
-            sample_size=sample_size,
-        )
+        channels = {"in_channels": in_channels, "out_channels": out_channels, "latent_channels": latent_channels}
+        require_positive("AsymmetricAutoencoderKL", norm_num_groups=norm_num_groups, sample_size=sample_size, **channels)
         self.encoder = Encoder(
             in_channels,
             latent_channels,
@@ -89,6 +84,11 @@ class AsymmetricAutoencoderKL(AttentionServices, GradientCheckpointing, ModelMix
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
         # Pipelines read these from every autoencoder.
         self.register_to_config(block_out_channels=up_block_out_channels, force_upcast=False)
+
+    @classmethod
+    def compatible_classes(cls) -> list[type[ConfigMixin]]:
+        """The class whose entries stand in this one's configuration too."""
+        return [AutoencoderKL]
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """The distribution of latents of images (batch, in_channels, height, width), from -1 to 1."""

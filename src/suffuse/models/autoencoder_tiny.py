@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from suffuse.configuration import register_to_config
+from suffuse.configuration import ConfigMixin, register_to_config
 from suffuse.errors import ConfigError
 from suffuse.layers.activations import get_activation
 from suffuse.layers.gradient_checkpointing import GradientCheckpointing, Recomputable
+from suffuse.models.autoencoder_kl import AutoencoderKL
 from suffuse.models.model import ModelMixin
 from suffuse.models.sizes import require_positive
 from suffuse.models.vae import DecoderOutput, MemorySavings, joined
@@ -114,6 +115,11 @@ class AutoencoderTiny(GradientCheckpointing, MemorySavings, ModelMixin):
         """0..1 to latents."""
         return x.sub(self.latent_shift).mul(2 * self.latent_magnitude)
 
+    @classmethod
+    def compatible_classes(cls) -> list[type[ConfigMixin]]:
+        """The class whose entries stand in this one's configuration too."""
+        return [AutoencoderKL]
+
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderTinyOutput | tuple[Tensor]:
         """The latents of images (batch, in_channels, height, width), from -1 to 1."""
         latents = joined([self._encode(part) for part in self.slices(x)])
@@ -215,7 +221,7 @@ def _in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, size: int, scale:
     `scale` is how much `function` enlarges.
     """
     step = size - int(size * overlap)
-    rising = torch.arange(size * scale) / (int(size * overlap) * scale - 1)
+    rising = torch.arange(size * scale) / max(int(size * overlap) * scale - 1, 1)
     rising = rising.clamp(0, 1).to(x.device)
     opaque = torch.ones_like(rising)
     out: Tensor | None = None

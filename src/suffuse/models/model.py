@@ -72,7 +72,8 @@ class ModelMixin(ConfigMixin, nn.Module):
             strict: Unknown tensors and unknown configuration entries are errors, not warnings.
             output_loading_info: Return (model, dictionary of missing, unexpected and mismatched tensors).
             low_cpu_mem_usage: Accepted, and without effect: memory for the weights is taken once in any case.
-            disable_mmap: Accepted, and without effect: files are never mapped.
+            disable_mmap: False leaves weights that need no conversion as pages of the file, as
+                diffusers does: loading is quicker, but a file that is truncated later crashes the process. True reads a copy.
             cache_dir: Of the hub; a local folder does not need it, nor any of those that follow.
             force_download: Of the hub.
             resume_download: Of the hub.
@@ -104,6 +105,7 @@ class ModelMixin(ConfigMixin, nn.Module):
             dtype=dtype if dtype is not None else torch_dtype,
             float32=cls._keep_in_fp32_modules or (),
             devices=parse_devices(device_map),
+            mapped=not disable_mmap,
             tolerance=Tolerance(allow_missing, ignore_mismatched_sizes, cls._keys_to_ignore_on_load_unexpected or (), strict),
         )
         model.register_to_config(_name_or_path=str(pretrained_model_name_or_path))

@@ -18,7 +18,9 @@ def require_positive(owner: str, **values: Any) -> None:
 
 
 def require_length(owner: str, count: int, of: str, **values: Sequence[Any]) -> None:
-    """Raise `ConfigError` unless every list has `count` entries, one for each of `of`."""
+    """Raise `ConfigError` unless every list has `count` entries, one or more: one for each of `of`."""
+    if count < 1:
+        raise ConfigError(f"{owner}: {of} is empty", expected="at least one block")
     for name, value in values.items():
         if len(value) != count:
             raise ConfigError(

@@ -14,13 +14,13 @@ from suffuse.layers.embeddings import GaussianFourierProjection, TimestepEmbeddi
 from suffuse.layers.gradient_checkpointing import GradientCheckpointing
 from suffuse.layers.normalization import group_norm
 from suffuse.models.attention_services import AttentionServices
+from suffuse.models.block_layers import BlockOptions
 from suffuse.models.model import ModelMixin
 from suffuse.models.sizes import require_length, require_positive
 from suffuse.models.unet_2d_blocks import (
     DOWN_BLOCKS,
     MID_BLOCKS,
     UP_BLOCKS,
-    BlockOptions,
     MidBlock,
     Place,
     SkipDownBlock,
@@ -111,7 +111,7 @@ class UNet2DModel(AttentionServices, GradientCheckpointing, ModelMixin):
         mid_block_type: Literal["UNetMidBlock2D"] | None = "UNetMidBlock2D",
     ) -> None:
         super().__init__()
-        name, count, first = "UNet2DModel", len(down_block_types), block_out_channels[0]
+        name, count = "UNet2DModel", len(down_block_types)
         require_length(name, count, "down_block_types", up_block_types=up_block_types, block_out_channels=block_out_channels)
         require_positive(
             name,
@@ -123,7 +123,7 @@ class UNet2DModel(AttentionServices, GradientCheckpointing, ModelMixin):
             norm_num_groups=norm_num_groups,
             attention_head_dim=attention_head_dim,
         )
-        self.sample_size = sample_size
+        self.sample_size, first = sample_size, block_out_channels[0]
         self.conv_in = nn.Conv2d(in_channels, first, kernel_size=3, padding=1)
         timestep_input_dim, time_embed_dim = first, time_embedding_dim or first * 4
         match time_embedding_type:

@@ -24,13 +24,13 @@ from suffuse.layers.grounding import GLIGENTextBoundingboxProjection
 from suffuse.layers.normalization import group_norm
 from suffuse.layers.transformer import AttentionType, Context
 from suffuse.models.attention_services import AttentionServices
+from suffuse.models.block_layers import BlockOptions
 from suffuse.models.model import ModelMixin
 from suffuse.models.sizes import per_block, require_length, require_positive
 from suffuse.models.unet_2d_blocks import (
     DOWN_BLOCKS,
     MID_BLOCKS,
     UP_BLOCKS,
-    BlockOptions,
     MidBlock,
     Place,
     SkipDownBlock,
@@ -204,8 +204,7 @@ class UNet2DConditionModel(AttentionServices, GradientCheckpointing, ModelMixin)
         depths = per_block(name, "transformer_layers_per_block", transformer_layers_per_block, count)
         depths_up = self._depths_up(depths, reverse_transformer_layers_per_block)
 
-        self.sample_size = sample_size
-        first = block_out_channels[0]
+        self.sample_size, first = sample_size, block_out_channels[0]
         self.conv_in = nn.Conv2d(in_channels, first, kernel_size=conv_in_kernel, padding=(conv_in_kernel - 1) // 2)
         if time_embedding_type == "fourier":
             time_embed_dim = timestep_input_dim = time_embedding_dim or first * 2
@@ -222,15 +221,14 @@ class UNet2DConditionModel(AttentionServices, GradientCheckpointing, ModelMixin)
             encoder_hid_dim_type = "text_proj"
             self.register_to_config(encoder_hid_dim_type=encoder_hid_dim_type)
         sizes = Sizes(
-            time_embed_dim,
-            timestep_input_dim,
-            context_dims[0],
-            act_fn,
-            encoder_hid_dim,
-            num_class_embeds,
-            projection_class_embeddings_input_dim,
-            addition_time_embed_dim,
-            addition_embed_type_num_heads,
+            time_embed_dim=time_embed_dim,
+            timestep_input_dim=timestep_input_dim,
+            cross_attention_dim=context_dims[0],
+            act_fn=act_fn,
+            encoder_hid_dim=encoder_hid_dim,
+            projection_class_embeddings_input_dim=projection_class_embeddings_input_dim,
+            addition_time_embed_dim=addition_time_embed_dim,
+            addition_embed_type_num_heads=addition_embed_type_num_heads,
         )
         self.encoder_hid_proj = make("encoder_hid_dim_type", CONTEXT_PROJECTIONS, encoder_hid_dim_type, sizes)
         self.class_embedding = make("class_embed_type", CLASS_EMBEDDINGS, class_embed_type, sizes)

@@ -32,7 +32,6 @@ class Sizes(NamedTuple):
     cross_attention_dim: int
     act_fn: str
     encoder_hid_dim: int | None
-    num_class_embeds: int | None
     projection_class_embeddings_input_dim: int | None
     addition_time_embed_dim: int | None
     addition_embed_type_num_heads: int

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from suffuse.layers.normalization import SpatialNorm, group_norm
+from suffuse.models.block_layers import BlockOptions
 from suffuse.models.sizes import require_length, require_positive
-from suffuse.models.unet_2d_blocks import DECODER_BLOCKS, ENCODER_BLOCKS, MID_BLOCKS, BlockOptions, MidBlock, Place, find_block
+from suffuse.models.unet_2d_blocks import DECODER_BLOCKS, ENCODER_BLOCKS, MID_BLOCKS, MidBlock, Place, find_block
 from suffuse.noise import randn_tensor
 from suffuse.outputs import BaseOutput
 

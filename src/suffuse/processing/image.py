@@ -138,7 +138,7 @@ class VaeImageProcessor(ConfigMixin):
 
     def binarize(self, image: Tensor) -> Tensor:
         """0 below one half, else 1."""
-        return (image >= 0.5).to(image.dtype)
+        return image.clone().copy_(image >= 0.5)  # a clone keeps the layout in memory
 
     @staticmethod
     def convert_to_rgb(image: Image.Image) -> Image.Image:
@@ -372,7 +372,7 @@ def _listed(image: Any, name: str) -> list[Any]:
         raise InputError(
             f"{name} is no picture",
             found=found if isinstance(image, (list, tuple)) else found[0],
-            expected="a PIL picture, an array (height, width, channels), a tensor (channels, height, width), or a list of one kind",
+            expected="a PIL picture, an array (height, width, channels), a tensor (channels, height, width), a list of one kind",
         )
     return items
 

@@ -16,6 +16,10 @@ class Choices(dict[str, _Value]):
         super().__init__(values)
         self.entry = entry
 
+    def check(self, value: str) -> None:
+        """Raise `ConfigError` unless `value` is one of these."""
+        self[value]
+
     def __missing__(self, value: str) -> NoReturn:
         close = nearest(str(value), self)
         raise ConfigError(

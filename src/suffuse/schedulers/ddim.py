@@ -51,12 +51,13 @@ class DDIMScheduler(VariancePreservingScheduler):
         count = checked_count(num_inference_steps, len(self))
         self.memory = Memory(on_device(self._spaced(count), device, torch.int64), count)
 
-    def _table(self, gap: int, eta: float) -> Tensor:
+    def _factors(self, gap: int, eta: float) -> Tensor:
         """Sqrt of alpha_t, of 1 - alpha_t, of alpha_{t-1}, of what noise is left, and sigma_t: (training timesteps, 5)."""
         alpha, alpha_prev = alpha_bars(self, self.final_alpha_cumprod, gap)
         noise = 1 - alpha
         sigma = eta * (((1 - alpha_prev) / noise) * (1 - alpha / alpha_prev)) ** 0.5
-        return torch.stack([alpha**0.5, noise**0.5, alpha_prev**0.5, (1 - alpha_prev - sigma**2) ** 0.5, sigma], dim=1)
+        left = (1 - alpha_prev - sigma**2).clamp(min=0) ** 0.5  # with eta=1 and little signal, rounding can take it below 0
+        return torch.stack([alpha**0.5, noise**0.5, alpha_prev**0.5, left, sigma], dim=1)
 
     def step(
         self,
@@ -71,14 +72,16 @@ class DDIMScheduler(VariancePreservingScheduler):
     ) -> Any:
         """Step from `timestep` to the one before.
 
-        Args:
+        Keywords of its own:
             eta: Share of the noise of DDPM, 0 to 1.
             use_clipped_model_output: Derive epsilon again from the clipped `x_0` (GLIDE does).
         """
         self._check_ready()
+        if not 0 <= eta <= 1:
+            raise InputError("eta is not possible", found=eta, expected="0 (deterministic) to 1 (as much noise as DDPM)")
         memory, t = self.memory, self._training_timestep(timestep)
         gap = len(self) // memory.num_inference_steps
-        table = memory.derive(("table", gap, eta), self._table, gap, eta)
+        table = memory.derive(("table", gap, eta), self._factors, gap, eta)
         signal, noise, signal_prev, direction, sigma = memory.derive((t, gap, eta), table[t].unbind)
         kind = self.config["prediction_type"]
         x0, epsilon = X0[kind](sample, model_output, signal, noise), EPSILON[kind](sample, model_output, signal, noise)

@@ -13,19 +13,9 @@ from torch import Generator, Tensor
 
 from suffuse.configuration import register_to_config
 from suffuse.noise import randn_tensor
-from suffuse.schedulers.dpm_solver import DATA, INTEGRATORS, TRANSLATIONS, AlgorithmType, SolverType, check, combined
-from suffuse.schedulers.log_snr import LogSnrScheduler, MultistepMemory
-from suffuse.schedulers.noise_schedule import (
-    SPACINGS,
-    BetaSchedule,
-    FinalSigma,
-    TimestepSpacing,
-    check_one_given,
-    checked_count,
-    checked_timesteps,
-    refuse_timesteps,
-    spaced_timesteps,
-)
+from suffuse.schedulers.dpm_solver import INTEGRATORS, TRANSLATIONS, AlgorithmType, SolverType, check, combined
+from suffuse.schedulers.log_snr import LogSnrScheduler, MultistepMemory, needed
+from suffuse.schedulers.noise_schedule import BetaSchedule, FinalSigma, TimestepSpacing
 from suffuse.schedulers.prediction import FlowPredictionType
 from suffuse.schedulers.scheduler import stepped
 
@@ -69,38 +59,9 @@ class DPMSolverMultistepScheduler(LogSnrScheduler):
     ) -> None:
         self._prepare(**TRANSLATIONS)
         check(type(self).__name__, self.config)
-        SPACINGS[timestep_spacing]
-
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        mu: float | None = None,
-        timesteps: list[int] | None = None,
-    ) -> None:
-        """Choose the schedule of a run: how many steps, or (falling) which timesteps.
-
-        Args:
-            mu: Logarithm of the time shift, with `use_dynamic_shifting`.
-        """
-        check_one_given(num_inference_steps=num_inference_steps, timesteps=timesteps)
-        if timesteps is not None:
-            refuse_timesteps(self.config, [ladder for ladder in self.ladders if ladder != "use_flow_sigmas"])
-            spaced = checked_timesteps(timesteps, len(self))
-        else:
-            count, config = checked_count(num_inference_steps, len(self)), self.config
-            spaced = spaced_timesteps(
-                config["timestep_spacing"], count, len(self), config["steps_offset"], spare=1, last=self._usable()
-            ).round()
-        self._set(*self._levels(spaced, num_inference_steps or len(spaced), self._shift(mu)), self._final_sigma(), device)
 
     def _rounds(self, ladder: str) -> bool:
         return ladder in ("use_karras_sigmas", "use_lu_lambdas") and self.config["beta_schedule"] != "squaredcos_cap_v2"
-
-    def convert_model_output(self, model_output: Tensor, *, sample: Tensor) -> Tensor:
-        """What the algorithm integrates (x_0 or epsilon), from the model's prediction at the current step."""
-        to = self._x0 if self.config["algorithm_type"] in DATA else self._thresholded_epsilon
-        return to(model_output, sample)
 
     def _coefficients(self, memory: MultistepMemory, order: int) -> tuple[Tensor, ...]:
         """Of every step: c_x, c_z, c_0, and what `_update` wants for the differences of this order."""
@@ -115,7 +76,7 @@ class DPMSolverMultistepScheduler(LogSnrScheduler):
             return *common, getattr(step, config["solver_type"]), 1.0 / r0
         return *common, step.heun, 1.0 / r0, step.c_2, 1.0 / r1, r0 / (r0 + r1), 1.0 / (r0 + r1)
 
-    def _update(self, outputs: list[Tensor], sample: Tensor, noise: Tensor | None) -> Tensor:
+    def _update(self, outputs: list[Tensor], sample: Tensor | None, noise: Tensor | None) -> Tensor:
         """A step of the order that `outputs` (oldest first) allow."""
         c_x, c_z, c_0, *c = self._row(None, self._coefficients, len(outputs))
         match outputs:
@@ -126,28 +87,30 @@ class DPMSolverMultistepScheduler(LogSnrScheduler):
                 terms = [(c[0], first + c[4] * (first - second)), (c[2], c[5] * (first - second))]
             case _:
                 terms = []
-        return combined(sample, noise, c_x, c_z, (c_0, outputs[-1]), *terms)
+        return combined(needed(sample), noise, c_x, c_z, (c_0, outputs[-1]), *terms)
 
-    def dpm_solver_first_order_update(self, model_output: Tensor, *, sample: Tensor, noise: Tensor | None = None) -> Tensor:
+    def dpm_solver_first_order_update(
+        self, model_output: Tensor, *, sample: Tensor | None = None, noise: Tensor | None = None
+    ) -> Tensor:
         """A first-order step (DDIM) from a converted model output."""
         return self._update([model_output], sample, noise)
 
     def multistep_dpm_solver_second_order_update(
-        self, model_output_list: list[Tensor], *, sample: Tensor, noise: Tensor | None = None
+        self, model_output_list: list[Tensor], *, sample: Tensor | None = None, noise: Tensor | None = None
     ) -> Tensor:
         """A second-order step from the last two converted model outputs, oldest first."""
         return self._update(model_output_list[-2:], sample, noise)
 
     def multistep_dpm_solver_third_order_update(
-        self, model_output_list: list[Tensor], *, sample: Tensor, noise: Tensor | None = None
+        self, model_output_list: list[Tensor], *, sample: Tensor | None = None, noise: Tensor | None = None
     ) -> Tensor:
         """A third-order step from the last three converted model outputs, oldest first."""
         return self._update(model_output_list[-3:], sample, noise)
 
-    def _order(self, memory: MultistepMemory) -> int:
+    def _order(self, memory: Any) -> int:
         """How many outputs to use at this step: fewer at both ends of a run."""
         config, total = self.config, len(memory.timesteps)
-        left, short = total - memory.step_index, config["lower_order_final"] and total < 15  # pyright: ignore[reportOptionalOperand]
+        left, short = total - memory.step_index, config["lower_order_final"] and total < 15
         if left == 1 and (short or config["euler_at_final"] or config["final_sigmas_type"] == "zero"):
             return 1
         return min(memory.lower_order_nums, config["solver_order"], 2 if left == 2 and short else 3)

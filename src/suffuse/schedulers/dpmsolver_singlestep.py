@@ -16,17 +16,9 @@ from torch import Generator, Tensor
 from suffuse.configuration import register_to_config
 from suffuse.errors import InputError
 from suffuse.noise import randn_tensor
-from suffuse.schedulers.dpm_solver import DATA, INTEGRATORS, TRANSLATIONS, AlgorithmType, SolverType, check, combined
-from suffuse.schedulers.log_snr import LogSnrScheduler, MultistepMemory
-from suffuse.schedulers.noise_schedule import (
-    BetaSchedule,
-    FinalSigma,
-    check_one_given,
-    checked_count,
-    checked_timesteps,
-    refuse_timesteps,
-    spaced_timesteps,
-)
+from suffuse.schedulers.dpm_solver import INTEGRATORS, TRANSLATIONS, AlgorithmType, SolverType, check, combined
+from suffuse.schedulers.log_snr import LogSnrScheduler, MultistepMemory, needed
+from suffuse.schedulers.noise_schedule import Array, BetaSchedule, FinalSigma, spaced_timesteps
 from suffuse.schedulers.prediction import FlowPredictionType
 from suffuse.schedulers.scheduler import Remembered, stepped
 
@@ -77,27 +69,12 @@ class DPMSolverSinglestepScheduler(LogSnrScheduler):
         check(type(self).__name__, self.config)
         self.memory.order_list = self.get_order_list(num_train_timesteps)
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        mu: float | None = None,
-        timesteps: list[int] | None = None,
-    ) -> None:
-        """Choose the schedule of a run: how many steps, or (falling) which timesteps.
+    def _spaced(self, count: int) -> Array:
+        return spaced_timesteps("linspace", count, len(self), spare=1, last=self._usable()).round()
 
-        Args:
-            mu: Logarithm of the time shift, with `use_dynamic_shifting`.
-        """
-        check_one_given(num_inference_steps=num_inference_steps, timesteps=timesteps)
-        if timesteps is not None:
-            refuse_timesteps(self.config, self.ladders[:-1])
-            spaced = checked_timesteps(timesteps, len(self))
-        else:
-            count = checked_count(num_inference_steps, len(self))
-            spaced = spaced_timesteps("linspace", count, len(self), spare=1, last=self._usable()).round()
-        self._set(*self._levels(spaced, num_inference_steps or len(spaced), self._shift(mu)), self._final_sigma(), device)
-        self.memory.order_list = self.get_order_list(len(spaced))
+    def _set(self, sigmas: Array, timesteps: Array, final: float, device: str | torch.device | None) -> None:
+        super()._set(sigmas, timesteps, final, device)
+        self.memory.order_list = self.get_order_list(len(timesteps))
 
     def get_order_list(self, num_inference_steps: int) -> list[int]:
         """The order of every call: 1, 2, …, k, 1, 2, …, k, as far as they go.
@@ -117,11 +94,6 @@ class DPMSolverSinglestepScheduler(LogSnrScheduler):
             orders = whole * steps + list(range(1, rest + 1))
         return [*orders[:-1], 1] if zero else orders
 
-    def convert_model_output(self, model_output: Tensor, *, sample: Tensor) -> Tensor:
-        """What the algorithm integrates (x_0 or epsilon), from the model's prediction at the current step."""
-        to = self._x0 if self.config["algorithm_type"] in DATA else self._thresholded_epsilon
-        return to(model_output, sample)
-
     def _coefficients(self, memory: MultistepMemory, order: int) -> tuple[Tensor, ...]:
         """Of every call: c_x, c_z, c_0, and what `_update` wants for the differences of this order."""
         config, path = self.config, self._path(memory)
@@ -138,7 +110,7 @@ class DPMSolverSinglestepScheduler(LogSnrScheduler):
         r1 = (torch.roll(path[2][:-1], 1) - lamda_s) / h
         return *common, step.heun, 1.0 / r0, step.c_2, 1.0 / r1, r0, r1, r0 - r1
 
-    def _update(self, outputs: list[Tensor], sample: Tensor, noise: Tensor | None) -> Tensor:
+    def _update(self, outputs: list[Tensor], sample: Tensor | None, noise: Tensor | None) -> Tensor:
         """The call that has so many `outputs` of its step, oldest first."""
         c_x, c_z, c_0, *c = self._row(None, self._coefficients, len(outputs))
         terms: list[tuple[Tensor, Tensor]] = []
@@ -152,32 +124,40 @@ class DPMSolverSinglestepScheduler(LogSnrScheduler):
                 terms = [(c[0], (c[4] * first - c[5] * second) / c[6]), (c[2], 2.0 * (second - first) / c[6])]
             case _:
                 pass
-        return combined(sample, noise, c_x, c_z, (c_0, outputs[0]), *terms)
+        return combined(needed(sample), noise, c_x, c_z, (c_0, outputs[0]), *terms)
 
     def singlestep_dpm_solver_update(
-        self, model_output_list: list[Tensor], *, sample: Tensor, order: int, noise: Tensor | None = None
+        self,
+        model_output_list: list[Tensor],
+        *,
+        sample: Tensor | None = None,
+        order: int | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """A call of this order, from the converted model outputs of its step, oldest first.
 
         Raises:
             InputError: `order` is not 1, 2 or 3.
         """
+        order = order or self.order_list[self.step_index]
         if order not in (1, 2, 3):
             raise InputError("order is not possible", found=order, expected="1, 2 or 3")
         return self._update(model_output_list[-order:], sample, noise)
 
-    def dpm_solver_first_order_update(self, model_output: Tensor, *, sample: Tensor, noise: Tensor | None = None) -> Tensor:
+    def dpm_solver_first_order_update(
+        self, model_output: Tensor, *, sample: Tensor | None = None, noise: Tensor | None = None
+    ) -> Tensor:
         """The first call of a step."""
         return self._update([model_output], sample, noise)
 
     def singlestep_dpm_solver_second_order_update(
-        self, model_output_list: list[Tensor], *, sample: Tensor, noise: Tensor | None = None
+        self, model_output_list: list[Tensor], *, sample: Tensor | None = None, noise: Tensor | None = None
     ) -> Tensor:
         """The second call of a step."""
         return self._update(model_output_list[-2:], sample, noise)
 
     def singlestep_dpm_solver_third_order_update(
-        self, model_output_list: list[Tensor], *, sample: Tensor, noise: Tensor | None = None
+        self, model_output_list: list[Tensor], *, sample: Tensor | None = None, noise: Tensor | None = None
     ) -> Tensor:
         """The third call of a step."""
         return self._update(model_output_list[-3:], sample, noise)

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 
 from suffuse.configuration import register_to_config
 from suffuse.noise import randn_tensor
-from suffuse.schedulers.noise_schedule import BetaSchedule, TimestepSpacing, checked_count, training_sigmas
+from suffuse.schedulers.noise_schedule import BetaSchedule, TimestepSpacing, training_sigmas
 from suffuse.schedulers.prediction import PredictionType
 from suffuse.schedulers.scheduler import stepped
 from suffuse.schedulers.sigma_space import SigmaMemory, SigmaScheduler, levels
@@ -39,11 +39,6 @@ class EulerAncestralDiscreteScheduler(SigmaScheduler):
         self._prepare()
         falling = training_sigmas(self.alphas_cumprod)[::-1]
         self._start(self._memory(None, falling, np.arange(num_train_timesteps)[::-1]))
-
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Choose the timesteps of a run."""
-        count = checked_count(num_inference_steps, len(self))
-        self.memory = self._memory(count, *self._levels(self._spaced(count)), device)
 
     def step(
         self,

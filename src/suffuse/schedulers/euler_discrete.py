@@ -83,7 +83,7 @@ class EulerDiscreteScheduler(SigmaScheduler):
     ) -> None:
         """Choose the schedule of a run: how many steps, or (falling) which timesteps or sigmas.
 
-        Args:
+        Keywords of its own:
             sigmas: Which, the final one among them.
         """
         check_one_given(num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas)
@@ -103,7 +103,8 @@ class EulerDiscreteScheduler(SigmaScheduler):
                 spaced = self._spaced(checked_count(num_inference_steps, len(self)))
             between = INTERPOLATIONS[self.config["interpolation_type"]]
             final = float(training[0]) if self.config["final_sigmas_type"] == "sigma_min" else 0.0
-            self.memory = self._memory(len(spaced), *self._levels(spaced, between), device, final)
+            count = num_inference_steps or len(spaced)
+            self.memory = self._memory(count, *self._levels(spaced, count, between), device, final)
         self._log_timesteps()
 
     @property
@@ -130,7 +131,7 @@ class EulerDiscreteScheduler(SigmaScheduler):
     ) -> Any:
         """Step to the next sigma.
 
-        Args:
+        Keywords of its own:
             s_churn: How much noise to add on the way, 0 for none.
             s_tmin: Add none below this sigma.
             s_tmax: Add none above this sigma.

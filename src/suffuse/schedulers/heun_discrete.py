@@ -75,7 +75,7 @@ class HeunDiscreteScheduler(SigmaScheduler):
     ) -> None:
         """Choose the schedule of a run: how many steps, or (falling) which timesteps.
 
-        Args:
+        Keywords of its own:
             num_train_timesteps: Spread the steps over so many timesteps, instead of the configured number.
         """
         check_one_given(num_inference_steps=num_inference_steps, timesteps=timesteps)
@@ -94,8 +94,9 @@ class HeunDiscreteScheduler(SigmaScheduler):
             spaced = checked_timesteps(timesteps, train).astype(np.float32)
         else:
             spaced = self._spaced(checked_count(count, train), train)
-        sigmas, spaced = self._levels(spaced)
-        return self._memory(len(spaced), np.repeat(sigmas, 2)[1:], np.repeat(spaced, 2)[1:], device)
+        count = count or len(spaced)
+        sigmas, spaced = self._levels(spaced, count)
+        return self._memory(count, np.repeat(sigmas, 2)[1:], np.repeat(spaced, 2)[1:], device)
 
     @property
     def state_in_first_order(self) -> bool:

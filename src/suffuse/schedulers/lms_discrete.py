@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from suffuse.configuration import register_to_config
 from suffuse.errors import InputError, MissingPackageError
-from suffuse.schedulers.noise_schedule import BetaSchedule, TimestepSpacing, checked_count
+from suffuse.schedulers.noise_schedule import BetaSchedule, TimestepSpacing
 from suffuse.schedulers.prediction import PredictionType
 from suffuse.schedulers.scheduler import Remembered, stepped
 from suffuse.schedulers.sigma_space import SigmaMemory, SigmaScheduler, levels
@@ -52,12 +51,7 @@ class LMSDiscreteScheduler(SigmaScheduler):
         use_beta_sigmas: bool | None = False,
     ) -> None:
         self._prepare()
-        self._start(self._memory(num_train_timesteps, *self._levels(self._spaced(num_train_timesteps))))
-
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Choose the timesteps of a run."""
-        count = checked_count(num_inference_steps, len(self))
-        self.memory = self._memory(count, *self._levels(self._spaced(count)), device)
+        self._start(self._memory(num_train_timesteps, *self._levels(self._spaced(num_train_timesteps), num_train_timesteps)))
 
     def get_lms_coefficient(self, order: int, t: int, current_order: int) -> float:
         """The integral of the Lagrange polynomial of derivative `current_order` steps ago, over step `t`.
@@ -90,7 +84,7 @@ class LMSDiscreteScheduler(SigmaScheduler):
     ) -> Any:
         """Step to the next sigma.
 
-        Args:
+        Keywords of its own:
             order: How many derivatives to use, at least 1.
             MissingPackageError: scipy is not installed.
         """

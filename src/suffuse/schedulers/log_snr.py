@@ -15,13 +15,19 @@ from torch import Tensor
 
 from suffuse.errors import ConfigError, InputError
 from suffuse.schedulers.noise_schedule import (
+    SPACINGS,
     Array,
+    check_one_given,
     check_one_ladder,
+    checked_count,
+    checked_timesteps,
     chosen_ladder,
     flow_sigmas,
+    refuse_timesteps,
     respaced_sigmas,
     sigmas_at,
     signal_and_noise,
+    spaced_timesteps,
     timesteps_of,
     to_tensor,
     training_sigmas,
@@ -38,6 +44,13 @@ class MultistepMemory(SigmaMemory):
 
     model_outputs: list[Tensor | None] = field(default_factory=list[Tensor | None])
     lower_order_nums: int = 0
+
+
+def needed(sample: Tensor | None) -> Tensor:
+    """`sample`, which must be given though it is a keyword with a default."""
+    if sample is None:
+        raise InputError("sample is missing", remedy="pass sample=")
+    return sample
 
 
 class LogSnrScheduler(SchedulerMixin):
@@ -73,10 +86,12 @@ class LogSnrScheduler(SchedulerMixin):
         for entry, values in translations.items():
             if self.config[entry] in values:
                 self.register_to_config(**{entry: values[self.config[entry]]})
-        X0[self.config["prediction_type"]]
+        X0.check(self.config["prediction_type"])
         if self.config["prediction_type"] == "flow_prediction" and not self.config["use_flow_sigmas"]:
             raise ConfigError("prediction_type='flow_prediction' needs flow sigmas", remedy="set use_flow_sigmas=True")
         check_one_ladder(self.config, self.ladders)
+        if "timestep_spacing" in self.config:
+            SPACINGS.check(self.config["timestep_spacing"])
         self._make_alphas()
         if self.config.get("rescale_betas_zero_snr"):
             self.alphas_cumprod = without_zero(self.alphas_cumprod)
@@ -86,6 +101,33 @@ class LogSnrScheduler(SchedulerMixin):
         self._start(self._memory(timesteps, None, training_sigmas(self.alphas_cumprod)))
 
     # ------------------------------------------------------------ the schedule of a run
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        mu: float | None = None,
+        timesteps: list[int] | None = None,
+    ) -> None:
+        """Choose the schedule of a run: how many steps, or (falling) which timesteps.
+
+        Keywords of its own:
+            mu: Logarithm of the time shift, with `use_dynamic_shifting`.
+        """
+        check_one_given(num_inference_steps=num_inference_steps, timesteps=timesteps)
+        if timesteps is None:
+            count = checked_count(num_inference_steps, len(self))
+            spaced = self._spaced(count)
+        else:
+            refuse_timesteps(self.config, self.ladders)
+            spaced = checked_timesteps(timesteps, len(self))
+            count = len(spaced)
+        self._set(*self._levels(spaced, count, self._shift(mu)), self._final_sigma(), device)
+
+    def _spaced(self, count: int) -> Array:
+        """`count` whole timesteps, falling, that leave out the lowest: it is where the last step leads."""
+        spacing, offset = self.config["timestep_spacing"], self.config["steps_offset"]
+        return spaced_timesteps(spacing, count, len(self), offset, spare=1, last=self._usable()).round()
 
     def _memory(self, timesteps: Tensor, count: int | None, sigmas: Array) -> Any:
         return self.memory_class(timesteps, count, sigmas=to_tensor(sigmas), model_outputs=[None] * self.config["solver_order"])
@@ -158,6 +200,11 @@ class LogSnrScheduler(SchedulerMixin):
         """
         alpha, sigma = self._signal_and_noise(noise_levels(self, original_samples, timesteps))
         return alpha * original_samples + sigma * noise
+
+    def convert_model_output(self, model_output: Tensor, *, sample: Tensor | None = None) -> Tensor:
+        """What the algorithm integrates (x_0 or epsilon), from the model's prediction at the current step."""
+        to = self._x0 if self.config["algorithm_type"].endswith("++") else self._thresholded_epsilon
+        return to(model_output, needed(sample))
 
     def _x0(self, model_output: Tensor, sample: Tensor) -> Tensor:
         """What the model believes `x_0` to be at this step, thresholded as configured."""

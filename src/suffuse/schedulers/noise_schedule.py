@@ -162,7 +162,7 @@ def checked_timesteps(timesteps: Any, train: int) -> Array:
     Raises:
         InputError: They are empty, do not fall, or lie outside of 0 … `train` - 1.
     """
-    values = np.array(torch.as_tensor(timesteps).cpu() if not isinstance(timesteps, np.ndarray) else timesteps, dtype=np.float64)
+    values = np.array(timesteps.cpu().numpy() if isinstance(timesteps, Tensor) else timesteps, dtype=np.float64)
     fine = values.ndim == 1 and values.size and bool((np.diff(values) < 0).all()) and values[-1] >= 0 and values[0] < train
     if not fine:
         raise InputError("timesteps must be in descending order", found=timesteps, expected=f"falling numbers in 0 … {train - 1}")

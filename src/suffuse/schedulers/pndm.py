@@ -150,14 +150,14 @@ class PNDMScheduler(VariancePreservingScheduler):
     def _transfer(self, sample: Tensor, departure: int, arrival: int, model_output: Tensor) -> Tensor:
         """Equation 11: carry `sample` from one timestep to another."""
         memory, gap = self.memory, departure - arrival
-        table = memory.derive(("table", gap), self._table, gap)
+        table = memory.derive(("table", gap), self._factors, gap)
         of_sample, difference, divisor, signal, noise = memory.derive(
             (departure, gap), table[self._training_timestep(departure)].unbind
         )
         epsilon = EPSILON[self.config["prediction_type"]](sample, model_output, signal, noise)
         return of_sample * sample - difference * epsilon / divisor
 
-    def _table(self, gap: int) -> Tensor:
+    def _factors(self, gap: int) -> Tensor:
         """The factors of equation 11, and sqrt of alpha_t and of 1 - alpha_t: (training timesteps, 5)."""
         alpha, alpha_prev = alpha_bars(self, self.final_alpha_cumprod, gap)
         noise = 1 - alpha

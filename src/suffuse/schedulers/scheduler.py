@@ -157,6 +157,11 @@ class SchedulerMixin(ConfigMixin):
     config_name: ClassVar[str] = "scheduler_config.json"
     order: ClassVar[int] = 1
     _compatibles: ClassVar[list[str]] = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
+    set_timesteps: Callable[..., None]
+    scale_model_input: Callable[..., Tensor]
+    step: Callable[..., Any]
+    add_noise: Callable[..., Tensor]
+    init_noise_sigma: Any
     _slots: _Slots
     betas: Tensor
     alphas: Tensor
@@ -238,9 +243,10 @@ class SchedulerMixin(ConfigMixin):
 
     def _missing(self, timestep: float) -> int:
         raise InputError(
-            f"timestep {timestep} is not one of scheduler.timesteps", expected=str(_listed(self.memory)),
+            f"timestep {timestep} is not one of scheduler.timesteps",
+            expected=str(_listed(self.memory)),
             remedy="pass an entry of scheduler.timesteps",
-        )  # fmt: skip
+        )
 
     def _number(self, timestep: float | Tensor) -> float:
         """A timestep as a Python number; one of our own is looked up, which spares waiting for the device it is on."""
@@ -248,7 +254,7 @@ class SchedulerMixin(ConfigMixin):
             return timestep
         memory = self.memory
         if timestep._base is memory.timesteps and timestep.ndim == 0:
-            return _listed(memory)[timestep.storage_offset()]
+            return _listed(memory)[timestep.storage_offset() // memory.timesteps.stride(0)]
         if timestep.numel() != 1:
             raise InputError("step needs one timestep for the whole batch", found=f"a tensor of shape {tuple(timestep.shape)}")
         return timestep.item()

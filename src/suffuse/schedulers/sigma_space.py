@@ -19,6 +19,7 @@ from suffuse.schedulers.noise_schedule import (
     SPACINGS,
     Array,
     check_one_ladder,
+    checked_count,
     chosen_ladder,
     respaced_sigmas,
     sigmas_at,
@@ -68,11 +69,17 @@ class SigmaScheduler(SchedulerMixin):
 
     def _prepare(self) -> None:
         """Check what the configuration names, and make the tables."""
-        SPACINGS[self.config["timestep_spacing"]], EXPLODED_X0[self.config["prediction_type"]]
+        SPACINGS.check(self.config["timestep_spacing"])
+        EXPLODED_X0.check(self.config["prediction_type"])
         check_one_ladder(self.config, self.ladders)
         self._make_alphas()
         if self.config.get("rescale_betas_zero_snr"):
             self.alphas_cumprod = without_zero(self.alphas_cumprod)
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Choose the timesteps of a run."""
+        count = checked_count(num_inference_steps, len(self))
+        self.memory = self._memory(count, *self._levels(self._spaced(count), count), device)
 
     @property
     def init_noise_sigma(self) -> Tensor:
@@ -84,17 +91,18 @@ class SigmaScheduler(SchedulerMixin):
         config = self.config
         return spaced_timesteps(config["timestep_spacing"], count, train or len(self), config["steps_offset"]).astype("float32")
 
-    def _levels(self, timesteps: Array, between: Callable[[Array, Array], Array] = sigmas_at) -> tuple[Array, Array]:
+    def _levels(self, timesteps: Array, count: int, between: Callable[[Array, Array], Array] = sigmas_at) -> tuple[Array, Array]:
         """(sigmas, timesteps) of a run, the final sigma not yet among them.
 
         Args:
             timesteps: Spaced, falling.
+            count: How many sigmas, where they are not those of the timesteps.
             between: Sigmas at the timesteps from those of training.
         """
         training = training_sigmas(self.alphas_cumprod)
         sigmas = between(timesteps, training)
         if ladder := chosen_ladder(self.config, self.ladders):
-            sigmas = respaced_sigmas(self.config, ladder, sigmas, len(timesteps))
+            sigmas = respaced_sigmas(self.config, ladder, sigmas, count)
             timesteps = timesteps_of(sigmas, training)
         return sigmas, timesteps
 

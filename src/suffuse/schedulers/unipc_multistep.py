@@ -21,9 +21,8 @@ from torch import Tensor
 
 from suffuse.configuration import register_to_config
 from suffuse.errors import ConfigError, InputError
-from suffuse.schedulers.log_snr import LogSnrScheduler, MultistepMemory
+from suffuse.schedulers.log_snr import LogSnrScheduler, MultistepMemory, needed
 from suffuse.schedulers.noise_schedule import (
-    SPACINGS,
     Array,
     BetaSchedule,
     FinalSigma,
@@ -32,7 +31,6 @@ from suffuse.schedulers.noise_schedule import (
     chosen_ladder,
     respaced_sigmas,
     shifted,
-    spaced_timesteps,
 )
 from suffuse.schedulers.prediction import FlowPredictionType
 from suffuse.schedulers.scheduler import Remembered, SchedulerMixin, stepped
@@ -91,7 +89,6 @@ class UniPCMultistepScheduler(LogSnrScheduler):
         shift_terminal: float | None = None,
     ) -> None:
         self._prepare(solver_type=dict.fromkeys(("midpoint", "heun", "logrho"), "bh2"))
-        SPACINGS[timestep_spacing]
         if solver_order < 1:
             raise ConfigError("UniPCMultistepScheduler: solver_order is not possible", found=solver_order, expected="1 or more")
         if shift_terminal is not None and not use_flow_sigmas:
@@ -100,7 +97,7 @@ class UniPCMultistepScheduler(LogSnrScheduler):
 
     # ------------------------------------------------------------ the schedule of a run
 
-    def set_timesteps(
+    def set_timesteps(  # pyright: ignore[reportIncompatibleMethodOverride]  the order of the keywords is the contract's
         self,
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
@@ -109,7 +106,7 @@ class UniPCMultistepScheduler(LogSnrScheduler):
     ) -> None:
         """Choose the schedule of a run.
 
-        Args:
+        Keywords of its own:
             sigmas: Instead, falling noise shares of flow matching, without the final one.
             mu: Logarithm of the time shift, with `use_dynamic_shifting`.
         """
@@ -119,7 +116,6 @@ class UniPCMultistepScheduler(LogSnrScheduler):
         if mu is None and config["use_dynamic_shifting"]:
             raise InputError("use_dynamic_shifting=True needs mu", remedy="give mu, the logarithm of the time shift")
         count = checked_count(num_inference_steps if sigmas is None else len(sigmas), len(self))
-        spaced = spaced_timesteps(config["timestep_spacing"], count, len(self), config["steps_offset"], spare=1).round()
         ladder = chosen_ladder(config, self.ladders)
         self._check_end(ladder)
         if ladder == "use_flow_sigmas":
@@ -129,15 +125,19 @@ class UniPCMultistepScheduler(LogSnrScheduler):
             levels = respaced_sigmas(config, ladder, np.array(sigmas)[::-1], count)
             timesteps = levels
         else:
-            levels, timesteps = self._levels(spaced, count, 1.0)
+            levels, timesteps = self._levels(self._spaced(count), count, 1.0)
         if config["use_flow_sigmas"] and ladder == "use_karras_sigmas":
             levels = levels / (levels + 1)
             timesteps = levels * len(self)
         final = self._final_sigma()
         self._set(levels, timesteps, float(levels[-1]) if final and ladder else final, device)
         if self.solver_p is not None:
-            self.memory.solver_p = self.solver_p.fork()
-            self.memory.solver_p.set_timesteps(len(self.timesteps), device=device)
+            predictor: Any = self.solver_p.fork()
+            predictor.set_timesteps(len(self.timesteps), device=device)
+            self.memory.solver_p = predictor
+
+    def _usable(self) -> int:
+        return len(self)
 
     def _check_end(self, ladder: str) -> None:
         """Raise where the last step has no finite result, because of its length in lambda."""
@@ -168,9 +168,9 @@ class UniPCMultistepScheduler(LogSnrScheduler):
 
     # ------------------------------------------------------------ the update
 
-    def convert_model_output(self, model_output: Tensor, *, sample: Tensor) -> Tensor:
+    def convert_model_output(self, model_output: Tensor, *, sample: Tensor | None = None) -> Tensor:
         """x_0 (`predict_x0`) or epsilon, from the model's prediction at the current step."""
-        return self._x0(model_output, sample) if self.predict_x0 else self._epsilon(model_output, sample)
+        return (self._x0 if self.predict_x0 else self._epsilon)(model_output, needed(sample))
 
     def _coefficients(self, memory: MultistepMemory, order: int) -> tuple[Tensor, ...]:
         """Of every step: c_x, c_0, c_B, rho of the predictor and of the corrector, and r_k, k = 1 … order - 1."""
@@ -203,20 +203,29 @@ class UniPCMultistepScheduler(LogSnrScheduler):
             residual = last if residual is None else residual + last
         return (x_t if residual is None else x_t - c_b * residual).to(x.dtype)
 
-    def multistep_uni_p_bh_update(self, model_output: Tensor, *, sample: Tensor, order: int) -> Tensor:
+    def multistep_uni_p_bh_update(
+        self, model_output: Tensor, *, sample: Tensor | None = None, order: int | None = None
+    ) -> Tensor:
         """UniP-`order`: predict the next sample; `model_output` is for `solver_p`, which may stand in for it."""
-        memory = self.memory
+        memory, sample = self.memory, needed(sample)
+        points: int = order or memory.this_order
         if memory.solver_p is not None:
             return memory.solver_p.step(model_output, memory.timesteps[memory.step_index], sample).prev_sample
-        return self._update(self._row(None, self._coefficients, order), sample, memory.model_outputs[-order:])
+        return self._update(self._row(None, self._coefficients, points), sample, memory.model_outputs[-points:])
 
     def multistep_uni_c_bh_update(
-        self, this_model_output: Tensor, *, last_sample: Tensor, this_sample: Tensor, order: int
+        self,
+        this_model_output: Tensor,
+        *,
+        last_sample: Tensor | None = None,
+        this_sample: Tensor | None = None,
+        order: int | None = None,
     ) -> Tensor:
         """UniC-`order`: the step that led to `this_sample` once more, knowing the model's output there."""
         memory = self.memory
-        row = self._table(self._coefficients, order)[memory.step_index - 1]
-        return self._update(row, last_sample, memory.model_outputs[-order:], this_model_output)
+        points: int = order or memory.this_order
+        row = self._table(self._coefficients, points)[memory.step_index - 1]
+        return self._update(row, needed(last_sample), memory.model_outputs[-points:], this_model_output)
 
     def step(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True) -> Any:
         """Correct the sample in hindsight, then step to the next sigma."""

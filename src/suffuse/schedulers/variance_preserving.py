@@ -27,7 +27,8 @@ class VariancePreservingScheduler(SchedulerMixin):
 
     def _prepare(self) -> None:
         """Check what the configuration names, and make the tables."""
-        SPACINGS[self.config["timestep_spacing"]], X0[self.config["prediction_type"]]
+        SPACINGS.check(self.config["timestep_spacing"])
+        X0.check(self.config["prediction_type"])
         self._make_alphas()
         self.final_alpha_cumprod = self.alphas_cumprod[0] if self.config.get("set_alpha_to_one") is False else torch.tensor(1.0)
 

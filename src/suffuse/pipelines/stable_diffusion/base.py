@@ -226,7 +226,7 @@ class StableDiffusionBase(DiffusionPipeline):
         image = image.to(device=self.device, dtype=dtype)
         if image.shape[1] == self.vae.config.latent_channels:
             return image
-        return encode_image(self.vae, image, self._run.arguments["generator"])
+        return encode_image(self.vae, image, self._run.arguments["generator"]).to(dtype)
 
     def noised(self, pictures: Tensor, timestep: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
         """Latents of pictures at the noise level of a timestep (1,), for each of the batch."""
@@ -262,15 +262,19 @@ class StableDiffusionBase(DiffusionPipeline):
         features = self.feature_extractor(pictures, return_tensors="pt").to(device)
         return self.safety_checker(images=image, clip_input=features.pixel_values.to(dtype))
 
-    def finish(self, latents: Tensor, dtype: torch.dtype, **conditions: Tensor) -> Any:
-        """Latents to what the call asked for: decoded, checked, in the form of `output_type`."""
-        arguments, flagged = self._run.arguments, None
-        if arguments["output_type"] != "latent":
-            image = decode_latents(self.vae, latents, arguments["generator"], **conditions)
-            image, flagged = self.run_safety_checker(image, self.device, dtype)
-            shown = [not hidden for hidden in flagged] if flagged is not None else None
-            latents = self.image_processor.postprocess(image, arguments["output_type"], shown)
-        return self.output(latents, flagged)
+    def finish(self, latents: Tensor, dtype: torch.dtype) -> Any:
+        """Latents to the result of the call."""
+        return self.output(*self.pictures(latents, dtype))
+
+    def pictures(self, latents: Tensor, dtype: torch.dtype, **conditions: Tensor) -> tuple[Any, list[bool] | None]:
+        """Latents decoded, checked, in the form of `output_type`; and which pictures were blanked, if there is a checker."""
+        arguments = self._run.arguments
+        if arguments["output_type"] == "latent":
+            return latents, None
+        image = decode_latents(self.vae, latents, arguments["generator"], **conditions)
+        image, flagged = self.run_safety_checker(image, self.device, dtype)
+        shown = [not hidden for hidden in flagged] if flagged is not None else None
+        return self.image_processor.postprocess(image, arguments["output_type"], shown), flagged
 
     def unchanged(self, pictures: Tensor) -> Any:
         """What a strength of 0 gives: the pictures themselves, as many as were asked for."""
@@ -286,8 +290,7 @@ class StableDiffusionBase(DiffusionPipeline):
     def output(self, images: Any, flagged: list[bool] | None) -> Any:
         """The result of a call, as an output object or a plain tuple."""
         self.maybe_free_model_hooks()
-        made = StableDiffusionPipelineOutput(images, flagged)
-        return made if self._run.arguments["return_dict"] else made.to_tuple()
+        return StableDiffusionPipelineOutput(images, flagged) if self._run.arguments["return_dict"] else (images, flagged)
 
     # ------------------------------------------------------------ switches of the models
 

@@ -114,8 +114,10 @@ class StableDiffusionInpaintPipeline(StableDiffusionBase):
         else:
             conditioners.append(Channels(["mask", "masked_image_latents"]))
         latents = self.denoise(self.unet, conditioning, latents, way, steps, conditioners, hooks)
-        made = self.finish(latents, dtype, **self.decoder_conditions(pictures, painted, dtype))
-        return self.laid_back(made, crop)
+        images, flagged = self.pictures(latents, dtype, **self.decoder_conditions(pictures, painted, batch, dtype))
+        if crop is not None:
+            images = [self.image_processor.apply_overlay(mask_image, image, one, crop) for one in images]
+        return self.output(images, flagged)
 
     def crop_region(
         self, image: Any, mask_image: Any, padding: int | None, height: int, width: int
@@ -149,19 +151,12 @@ class StableDiffusionInpaintPipeline(StableDiffusionBase):
         """`values` for each of the batch, in plain layout."""
         return values.repeat(repeats(batch, values, name), 1, 1, 1)
 
-    def decoder_conditions(self, pictures: Tensor, painted: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    def decoder_conditions(self, pictures: Tensor, painted: Tensor, batch: int, dtype: torch.dtype) -> dict[str, Tensor]:
         """What the decoder sees besides latents: an asymmetric autoencoder is shown the known part of the picture."""
         if not isinstance(self.vae, AsymmetricAutoencoderKL):
             return {}
-        return {"image": pictures.to(self.device, dtype), "mask": painted.to(self.device, dtype)}
-
-    def laid_back(self, made: Any, crop: tuple[int, int, int, int] | None) -> Any:
-        """The result with the crop that was painted laid back into the whole picture."""
-        if crop is None:
-            return made
-        whole, mask = self._run.arguments["image"], self._run.arguments["mask_image"]
-        images = [self.image_processor.apply_overlay(mask, whole, one, crop) for one in made[0]]
-        return self.output(images, made[1])
+        known = {"image": pictures.to(self.device, dtype), "mask": painted.to(self.device, dtype)}
+        return {name: value if len(value) == batch else self.repeated(batch, value, name) for name, value in known.items()}
 
 
 def check_aspects(image: Any, mask_image: Any) -> None:

@@ -1,0 +1,101 @@
+"""Where a scheduler differs from the peer's, on purpose."""
+
+from __future__ import annotations
+
+import diffusers
+import pytest
+import torch
+from scheduler_oracle import NAMES, equal, quiet, run
+
+import suffuse
+from suffuse.errors import ConfigError
+
+
+def test_fixed_large_log_is_a_standard_deviation() -> None:
+    """The peer takes the square root of a logarithm, which is NaN."""
+    assert quiet(run, diffusers.DDPMScheduler(variance_type="fixed_large_log"), 5)[0].isnan().all()
+    ours = run(suffuse.DDPMScheduler(variance_type="fixed_large_log"), 5)
+    large = run(suffuse.DDPMScheduler(variance_type="fixed_large"), 5)
+    torch.testing.assert_close(ours, large)
+
+
+def test_ddim_with_all_noise_is_finite() -> None:
+    """The peer takes the root of a number that rounding has put below 0, where almost no signal is left."""
+    config = {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
+    runs = [
+        quiet(run, library.DDIMScheduler(**config, prediction_type="sample"), 20, eta=1.0) for library in (diffusers, suffuse)
+    ]
+    assert runs[0][-1].isnan().any()
+    assert runs[1][-1].isfinite().all()
+
+
+def test_unipc_of_kind_bh1_reaches_sigma_zero() -> None:
+    """The peer multiplies the infinite length of the last step with an absent correction, which is NaN."""
+    assert quiet(run, diffusers.UniPCMultistepScheduler(solver_type="bh1"), 6)[-1].isnan().all()
+    scheduler = suffuse.UniPCMultistepScheduler(solver_type="bh1")
+    assert equal(run(scheduler, 6)[-1], scheduler.model_outputs[-1])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"predict_x0": False},
+        {"lower_order_final": False},
+        {"use_karras_sigmas": True, "solver_order": 3, "lower_order_final": False},
+    ],
+)
+def test_unipc_refuses_last_steps_that_are_not_finite(config: dict) -> None:
+    """The peer returns NaN or infinity."""
+    final = {"final_sigmas_type": "sigma_min"} if "use_karras_sigmas" in config else {}
+    assert not quiet(run, diffusers.UniPCMultistepScheduler(**config, **final), 6)[-1].isfinite().all()
+    with pytest.raises(ConfigError, match=r"predict_x0=False cannot end at sigma 0|cannot take the last step"):
+        suffuse.UniPCMultistepScheduler(**config, **final).set_timesteps(6)
+
+
+def test_singlestep_leaves_its_configuration_alone() -> None:
+    """The peer switches `lower_order_final` on for good, so that a run depends on the runs before it."""
+    config = {"final_sigmas_type": "sigma_min", "solver_order": 2}
+    ours, theirs = suffuse.DPMSolverSinglestepScheduler(**config), diffusers.DPMSolverSinglestepScheduler(**config)
+    for scheduler in (ours, theirs):
+        quiet(scheduler.set_timesteps, 5)
+        quiet(scheduler.set_timesteps, 6)
+    assert theirs.config.lower_order_final
+    assert not ours.config.lower_order_final
+    assert ours.order_list == [1, 2, 1, 2, 1, 2] != theirs.order_list
+    fresh = diffusers.DPMSolverSinglestepScheduler(**config)
+    assert all(map(equal, run(ours, 6), quiet(run, fresh, 6)))
+
+
+def test_a_run_whose_first_timesteps_round_to_the_same_begins_at_the_first() -> None:
+    """The peer begins at the second of them and runs past its end, unless a pipeline says where it begins."""
+    config = {"use_beta_sigmas": True, "beta_schedule": "squaredcos_cap_v2"}
+    theirs, ours = diffusers.DPMSolverMultistepScheduler(**config), suffuse.DPMSolverMultistepScheduler(**config)
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(10)
+    assert ours.timesteps[0] == ours.timesteps[1]
+    sample = torch.randn(1, 4, 4, 4)
+    with pytest.raises(IndexError):
+        for timestep in theirs.timesteps:
+            theirs.step(sample, timestep, sample)
+    for timestep in ours.timesteps:
+        ours.step(sample, timestep, sample)
+    assert ours.step_index == 10
+
+
+def test_predictions_of_the_clean_sample_are_taken_everywhere() -> None:
+    """The peer's ancestral Euler and PNDM refuse `prediction_type="sample"`."""
+    clean = torch.full((1, 4, 4, 4), 0.25)
+    for name in NAMES:
+        scheduler = getattr(suffuse, name)(prediction_type="sample")
+        scheduler.set_timesteps(20)
+        sample = torch.randn(1, 4, 4, 4) * scheduler.init_noise_sigma
+        for timestep in scheduler.timesteps:
+            scheduler.scale_model_input(sample, timestep)
+            sample = scheduler.step(clean, timestep, sample).prev_sample
+        torch.testing.assert_close(sample, clean, atol=0.1, rtol=0)
+
+
+def test_every_scheduler_knows_every_beta_schedule() -> None:
+    for name in NAMES:
+        for schedule in ("sigmoid", "laplace", "exp"):
+            assert getattr(suffuse, name)(beta_schedule=schedule).alphas_cumprod.isfinite().all()
