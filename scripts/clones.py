@@ -16,7 +16,8 @@ def uncounted(tree: ast.AST) -> set[int]:
     """Line numbers of imports, docstrings and signatures."""
     lines: set[int] = set()
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Import, ast.ImportFrom)) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)):
+        text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        if text or isinstance(node, (ast.Import, ast.ImportFrom)):
             lines.update(range(node.lineno, node.end_lineno + 1))
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             lines.update(range(node.lineno, node.body[0].lineno))

@@ -93,7 +93,11 @@ class ConfigMixin:
 
     @classmethod
     def from_config(
-        cls: type[_Self], config: Mapping[str, Any], return_unused_kwargs: bool = False, strict: bool = False, **kwargs: Any
+        cls: type[_Self],
+        config: Mapping[str, Any] | None = None,
+        return_unused_kwargs: bool = False,
+        strict: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """An object of this class with the values of `config`.
 

@@ -122,6 +122,7 @@ def test_a_callback_that_raises_leaves_the_pipeline_as_it_was():
 
 def test_a_run_inside_a_callback_of_another_does_not_disturb_it():
     _, ours = pair("text")
+    set_scheduler(pair("text"), "DPMSolverMultistepScheduler")
     expected = call(ours, "text")
 
     def nested(pipe, index, timestep, tensors):

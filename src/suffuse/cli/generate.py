@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import inspect
 import re
 import secrets
+import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
+from suffuse.cli.picture import check_writable, destination, write_picture
 from suffuse.errors import InputError, nearest
 from suffuse.public_names import PUBLIC
 from suffuse.version import __version__
@@ -26,162 +28,176 @@ SCHEDULERS = {
 }
 """Short name → class: "euler" → EulerDiscreteScheduler."""
 
+DTYPES = {name: name for name in ("float32", "bfloat16", "float16", "auto")}
+
+TASKS = {
+    (False, False): "StableDiffusionPipeline",
+    (True, False): "StableDiffusionImg2ImgPipeline",
+    (True, True): "StableDiffusionInpaintPipeline",
+}
+"""(is there a picture, is there a mask) → class."""
+
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="What the picture should show.")],
     model: Annotated[Path, typer.Option("--model", "-m", help="Checkpoint folder, the one with model_index.json.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="PNG to write; named after prompt and seed if left out.")
+        str | None,
+        typer.Option("--output", "-o", metavar="PATH", help="PNG to write or replace, or a folder for pictures with free names."),
     ] = None,
     negative: Annotated[str | None, typer.Option("--negative", "-n", help="What the picture should not show.")] = None,
     image: Annotated[Path | None, typer.Option("--image", "-i", help="Picture to start from.")] = None,
     mask: Annotated[
         Path | None, typer.Option("--mask", help="Where to paint --image anew: white is painted, black is kept.")
     ] = None,
-    strength: Annotated[float | None, typer.Option("--strength", help="How far from --image to go, 0 to 1.")] = None,
-    steps: Annotated[int, typer.Option("--steps", "-s", help="Denoising steps.")] = 50,
+    strength: Annotated[
+        float | None, typer.Option("--strength", min=0, max=1, help="How far from --image to go: 1 leaves nothing of it.")
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", "-s", min=1, help="Denoising steps.")] = 50,
     guidance: Annotated[float, typer.Option("--guidance", "-g", help="How much to favour the prompt; 1: not at all.")] = 7.5,
-    seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same picture; drawn if left out.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, max=2**63, help="The same seed gives the same picture; drawn if left out.")
+    ] = None,
     size: Annotated[
-        str | None, typer.Option("--size", help="WIDTHxHEIGHT in pixels, multiples of 8; the model's own if left out.")
+        str | None,
+        typer.Option(
+            "--size", metavar="WIDTHxHEIGHT", help="Pixels, multiples of 8; that of --image or of the model if left out."
+        ),
     ] = None,
     scheduler: Annotated[str | None, typer.Option("--scheduler", help=f"Solver: {', '.join(SCHEDULERS)}.")] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, or auto: the files' own.")] = "float32",
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps, …; the fastest there is if left out.")] = None,
-    count: Annotated[int, typer.Option("--count", "-c", help="Pictures; the seed grows by one for each.")] = 1,
+    count: Annotated[int, typer.Option("--count", "-c", min=1, help="Pictures; the seed grows by one for each.")] = 1,
 ) -> None:
     """Draw a picture.
 
-    The task follows from what is given: a prompt alone draws from noise, --image redraws a picture, --mask paints part of it anew;
-    a depth-to-image model keeps the depth of --image. Every PNG carries its settings: `suffuse.settings(path)` reads them.
+    A prompt alone draws from noise; --image redraws a picture; --image and --mask paint part of it anew; a depth-to-image model
+    keeps the depth of --image. The PNG keeps its settings: `suffuse inspect PICTURE.png` shows them.
 
     Examples:
-      suffuse generate "a lighthouse at dawn" --model stable-diffusion-v1-5 --seed 7
-
-      suffuse generate "an oil painting" --model stable-diffusion-v1-5 --image photo.jpg --strength 0.6
-
-      suffuse generate "a red door" --model stable-diffusion-inpainting --image house.png --mask door.png
+      suffuse generate "a lighthouse at dawn" -m stable-diffusion-v1-5 --seed 7
+      suffuse generate "an oil painting" -m stable-diffusion-v1-5 -i photo.jpg
+      suffuse generate "a door" -m stable-diffusion-inpainting -i house.png --mask m.png
     """
-    # torch takes a second to import: not for --help, and not for a mistyped option.
-    if mask is not None and image is None:
-        raise InputError("--mask is given without --image", remedy="pass the picture the mask belongs to: --image photo.png")
-    scheduler_class = _scheduler(scheduler) if scheduler else None
-    call = {"num_inference_steps": steps, "guidance_scale": guidance, "negative_prompt": negative} | _size(size, image, mask)
-    if strength is not None:
-        call["strength"] = strength
-    if image is not None:
-        call["image"] = _opened("--image", image)
-    if mask is not None:
-        call["mask_image"] = _opened("--mask", mask)
+    # All that can be said without torch, which takes a second to import, is said before.
+    for option, value, needed in (("--mask", mask, "the picture it belongs to"), ("--strength", strength, "a picture")):
+        if value is not None and image is None:
+            raise InputError(f"{option} is given without --image", remedy=f"pass {needed}: --image photo.png")
+    scheduler_class = _choice("--scheduler", scheduler, SCHEDULERS) if scheduler is not None else None
+    dtype = _choice("--dtype", dtype, DTYPES)
+    call: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "negative_prompt": negative}
+    pictures = {
+        name: _opened(option, path)
+        for name, option, path in (("image", "--image", image), ("mask_image", "--mask", mask))
+        if path is not None
+    }
+    call |= _size(size, pictures)
+    seed = secrets.randbelow(2**32) if seed is None else seed
+    check_writable(destination(output, prompt, seed, 0, count))
 
     import torch
 
-    seed = secrets.randbelow(2**32) if seed is None else seed
-    pipe = _pipeline(model, image, mask, dtype, device or _fastest(torch))
-    if scheduler_class:
+    from suffuse.pipelines.arguments import size as check_size
+
+    for name in call.keys() & {"height", "width"}:
+        check_size(f"--size: {name}", call[name])
+    pipe = _pipeline(model, TASKS[image is not None, mask is not None], dtype).to(device or _fastest(torch))
+    if scheduler_class is not None:
         import suffuse
 
         pipe.scheduler = getattr(suffuse, scheduler_class).from_config(pipe.scheduler.config)
-    generators = [torch.Generator().manual_seed(seed + index) for index in range(count)]
-    images = pipe(prompt, num_images_per_prompt=count, generator=generators, **call).images
-    console = Console(stderr=True)
-    for index, picture in enumerate(images):
-        path = _path(output, prompt, seed + index, index, count)
-        settings = {
-            "prompt": prompt,
-            "seed": seed + index,
-            "model": model.resolve().name,
-            "pipeline": type(pipe).__name__,
-            "scheduler": type(pipe.scheduler).__name__,
-            "dtype": str(pipe.dtype).removeprefix("torch."),
-            **{name: value for name, value in call.items() if isinstance(value, (str, int, float))},
-            **{name: path.name for name, path in (("image", image), ("mask_image", mask)) if path is not None},
-            "width": picture.width,
-            "height": picture.height,
-            "suffuse": __version__,
-        }
-        _write(picture, path, settings)
-        console.print(f"[green]✓[/green] {path}  [dim]seed {seed + index}[/dim]")
+    if not sys.stderr.isatty():
+        pipe.set_progress_bar_config(disable=True)
+    if image is not None:
+        call["strength"] = inspect.signature(type(pipe).__call__).parameters["strength"].default if strength is None else strength
+    settings = {
+        "prompt": prompt,
+        **call,
+        **{name: path.name for name, path in (("image", image), ("mask_image", mask)) if path is not None},
+        "model": model.resolve().name,
+        "pipeline": type(pipe).__name__,
+        "scheduler": type(pipe.scheduler).__name__,
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "device": pipe.device.type,
+        "suffuse": __version__,
+    }
+    # One by one: a picture does not depend on how many are made beside it, and those that are done are kept if the rest fails.
+    for index in range(count):
+        generator = torch.Generator().manual_seed(seed + index)
+        picture = pipe(prompt, generator=generator, **call, **pictures).images[0]
+        path = destination(output, prompt, seed + index, index, count)
+        made = {"seed": seed + index, "width": picture.width, "height": picture.height}
+        write_picture(picture, path, settings | made)
+        typer.echo(path)
 
 
-def _pipeline(folder: Path, image: Path | None, mask: Path | None, dtype: str, device: str) -> Any:
-    """The pipeline of the folder, as the class of the task."""
+def _pipeline(folder: Path, task: str, dtype: str) -> Any:
+    """The pipeline of the folder, as the class of the task; a depth-to-image model has a class of its own."""
     import torch
 
     import suffuse
 
-    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
-    if dtype not in types:
-        raise InputError(f"--dtype {dtype!r} is unknown", expected=", ".join(types))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*without a safety checker.*")
-        pipe = suffuse.DiffusionPipeline.from_pretrained(folder, torch_dtype=types[dtype])
-        own = type(pipe).__name__
-        name = (
-            "StableDiffusionInpaintPipeline" if mask else "StableDiffusionImg2ImgPipeline" if image else "StableDiffusionPipeline"
-        )
-        if own == "StableDiffusionDepth2ImgPipeline":
-            if mask is not None or image is None:
+        pipe = suffuse.DiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype, dtype))
+        kind = type(pipe)
+        if kind.__name__ == "StableDiffusionDepth2ImgPipeline":
+            if task != "StableDiffusionImg2ImgPipeline":
                 raise InputError(f"{folder} is a depth-to-image model", expected="--image, and no --mask")
-        elif own != name:
-            pipe = getattr(suffuse, name).from_pipe(pipe)
-    return pipe.to(device)
+            return pipe
+        if pipe.unet.config.in_channels == 9 and task != "StableDiffusionInpaintPipeline":
+            raise InputError(f"{folder} is an inpainting model", expected="--image and --mask")
+        return pipe if kind.__name__ == task else getattr(suffuse, task).from_pipe(pipe)
 
 
 def _fastest(torch: Any) -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _scheduler(name: str) -> str:
-    short = re.sub(r"discrete|scheduler|[-_ ]", "", name.lower())
-    if short not in SCHEDULERS:
-        close = nearest(short, SCHEDULERS)
-        raise InputError(
-            f"--scheduler {name!r} is unknown", expected=", ".join(SCHEDULERS), remedy=f"did you mean {close}?" if close else ""
-        )
-    return SCHEDULERS[short]
+def _choice(option: str, given: str, known: Mapping[str, str]) -> str:
+    """What the table has under a name, however that is cut into words."""
+    short = re.sub(r"discrete|scheduler|[-_ ]", "", given.lower())
+    if short not in known:
+        close = nearest(short, known)
+        remedy = f"did you mean {close}?" if close else ""
+        raise InputError(f"{option} {given!r} is unknown", expected=", ".join(known), remedy=remedy)
+    return known[short]
 
 
-def _size(size: str | None, image: Path | None, mask: Path | None) -> dict[str, int]:
-    if size is None:
+def _size(size: str | None, pictures: Mapping[str, Image.Image]) -> dict[str, int]:
+    """Keywords for the size asked for, or else, with a mask, for that of the picture; otherwise the pipeline knows."""
+    if size is not None:
+        match = re.fullmatch(r"(\d{1,9})\s*[x×,]\s*(\d{1,9})", size.strip().lower())
+        if match is None:
+            raise InputError(f"--size {size!r} is not understood", expected="WIDTHxHEIGHT, as in 512x768")
+        if "image" in pictures and "mask_image" not in pictures:
+            raise InputError(
+                "--size goes with a prompt alone or with --mask", remedy="resize the --image: the result has its size"
+            )
+        return {"width": int(match[1]), "height": int(match[2])}
+    if "mask_image" not in pictures:
         return {}
-    match = re.fullmatch(r"(\d+)\s*[x×,]\s*(\d+)", size.strip().lower())
-    if match is None:
-        raise InputError(f"--size {size!r} is not understood", expected="WIDTHxHEIGHT, as in 512x768")
-    if image is not None and mask is None:
-        raise InputError("--size goes with a prompt alone or with --mask", remedy="resize the --image: the result has its size")
-    return {"width": int(match[1]), "height": int(match[2])}
+    width, height = pictures["image"].size
+    turned = pictures["image"].getexif().get(ORIENTATION, 1) > 4
+    width, height = (height, width) if turned else (width, height)
+    return {"width": width - width % 8, "height": height - height % 8}
+
+
+ORIENTATION = 0x0112
+"""The EXIF entry that says which way up a photograph is; above 4, it lies on its side."""
 
 
 def _opened(option: str, path: Path) -> Image.Image:
+    """The picture, not yet decoded."""
     from PIL import Image, UnidentifiedImageError
 
-    try:
-        return Image.open(path)
-    except FileNotFoundError:
-        raise InputError(f"{option}: no file {path}") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise InputError(f"{option}: {path} cannot be read as a picture", found=str(error)) from None
-
-
-def _path(output: Path | None, prompt: str, seed: int, index: int, count: int) -> Path:
-    if output is None:
-        slug = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:48].strip("-") or "picture"
-        return Path(f"{slug}-{seed}.png")
-    output = output if output.suffix else output.with_suffix(".png")
-    return output if count == 1 else output.with_stem(f"{output.stem}-{index + 1}")
-
-
-def _write(picture: Image.Image, path: Path, settings: dict[str, Any]) -> None:
-    """Write a PNG with its settings; the file is whole or not there."""
-    from PIL.PngImagePlugin import PngInfo
-
-    information = PngInfo()
-    information.add_text("suffuse", json.dumps(settings, sort_keys=True, ensure_ascii=False))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.part")
-    try:
-        picture.save(staged, format="PNG", pnginfo=information)
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
+    if not path.is_file():
+        raise InputError(f"{option}: no file {path}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            return Image.open(path)
+        except UnidentifiedImageError:
+            raise InputError(f"{option}: {path} is no picture, or a damaged one", expected="PNG, JPEG, WebP, …") from None
+        except (OSError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise InputError(f"{option}: {path} cannot be read as a picture", found=str(error)) from None

@@ -1,4 +1,4 @@
-"""`suffuse inspect`: what a checkpoint holds and what memory it needs, without reading it."""
+"""`suffuse inspect`: what a checkpoint holds and what memory it needs, without reading it; how a picture was made."""
 
 from __future__ import annotations
 
@@ -6,19 +6,24 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from suffuse.checkpoints.inventory import TARGETS, Component, take_inventory, total
+from suffuse.cli.picture import is_png, read_settings
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A pipeline's folder, a model's folder, or a .safetensors file.")],
+    path: Annotated[Path, typer.Argument(help="A pipeline's folder, a model's folder, a .safetensors file, or a PNG.")],
     variant: Annotated[str | None, typer.Option(help='Which weights to look at, "fp16" for example.')] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show the parts of a checkpoint, their size, and the memory they need as each type."""
+    """Show the parts of a checkpoint, their size, and the memory they need as each type; or how a picture was made."""
+    if is_png(path):
+        settings = read_settings(path)
+        print(json.dumps({"path": str(path), "settings": settings}, indent=2) if as_json else _listing(settings))
+        return
     components = take_inventory(path, variant)
     if as_json:
         parts = [dataclasses.asdict(component) for component in components]
@@ -44,6 +49,11 @@ def _print_table(components: list[Component]) -> None:
         table.add_section()
         table.add_row(*_cells(total(components)), style="bold")
     Console(width=None if _terminal() else 200).print(table)
+
+
+def _listing(settings: dict[str, Any]) -> str:
+    width = max(map(len, settings), default=0)
+    return "\n".join(f"{name:{width}}  {value}" for name, value in settings.items() if value is not None)
 
 
 def _terminal() -> bool:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+import re
+import warnings
 from typing import Any
 
 import typer
@@ -10,12 +13,12 @@ from typer.core import TyperGroup
 
 from suffuse.errors import SuffuseError
 
-COMMANDS = {"inspect": "suffuse.cli.inspect"}
+COMMANDS = {"generate": "suffuse.cli.generate", "inspect": "suffuse.cli.inspect"}
 """Name of a command → its module, which has a function of that name."""
 
 
 class Commands(TyperGroup):
-    """The commands of the table, and errors as one message instead of a traceback."""
+    """The commands of the table; errors as one message instead of a traceback, warnings as one line."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """The names, in the order of the table."""
@@ -25,17 +28,26 @@ class Commands(TyperGroup):
         """The command called `cmd_name`; None if there is none."""
         if cmd_name not in COMMANDS:
             return None
+        function = getattr(importlib.import_module(COMMANDS[cmd_name]), cmd_name)
+        # \b keeps the lines of a paragraph as they are.
+        text = re.sub(r"^Examples:$", "\b\nExamples:", inspect.getdoc(function) or "", flags=re.MULTILINE)
         single = typer.Typer(add_completion=False, rich_markup_mode=None)
-        single.command(cmd_name)(getattr(importlib.import_module(COMMANDS[cmd_name]), cmd_name))
+        single.command(cmd_name, help=text)(function)
         return typer.main.get_command(single)
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command; what suffuse raises on purpose becomes a message on stderr and exit code 1."""
-        try:
-            return super().invoke(ctx)
-        except SuffuseError as error:
-            typer.secho(str(error), fg=typer.colors.RED, err=True)
-            raise typer.Exit(1) from None
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            try:
+                return super().invoke(ctx)
+            except SuffuseError as error:
+                typer.secho(str(error), fg=typer.colors.RED, err=True)
+                raise typer.Exit(1) from None
+
+
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    typer.secho("warning: " + " ".join(str(message).split()), fg=typer.colors.YELLOW, err=True)
 
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, rich_markup_mode=None)

@@ -13,6 +13,11 @@ from suffuse.diffusion.loop import Step
 from suffuse.schedulers.scheduler import SchedulerMixin
 
 
+def per_branch(value: Tensor, branches: Sequence[str]) -> Tensor:
+    """What all branches share, joined along the batch once per branch."""
+    return torch.cat([value] * len(branches)) if len(branches) > 1 else value
+
+
 @dataclass
 class Conditioning:
     """Tensors that belong to the run: those that differ per branch are joined along the batch in `layout` order.
@@ -30,6 +35,10 @@ class Conditioning:
     layout: tuple[str, ...]
     tensors: dict[str, Tensor]
 
+    def share(self, **values: Tensor) -> None:
+        """Add tensors, (batch, …), that are the same in every branch."""
+        self.tensors |= {name: per_branch(value, self.layout) for name, value in values.items()}
+
     def select(self, name: str, branches: tuple[str, ...]) -> Tensor:
         """The rows of `name` that belong to `branches`, in their order."""
         joined = self.tensors[name]
@@ -37,11 +46,6 @@ class Conditioning:
             return joined
         parts = dict(zip(self.layout, joined.chunk(len(self.layout)), strict=True))
         return torch.cat([parts[branch] for branch in branches])
-
-
-def per_branch(value: Tensor, branches: Sequence[str]) -> Tensor:
-    """What all branches share, joined along the batch once per branch."""
-    return torch.cat([value] * len(branches)) if len(branches) > 1 else value
 
 
 @dataclass(slots=True)

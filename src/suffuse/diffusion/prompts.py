@@ -41,7 +41,7 @@ def encode_text(
     Raises:
         NonFiniteError: The encoder gave NaN or infinity even in float32.
     """
-    length = length or tokenizer.model_max_length
+    length = length if length is not None else int(tokenizer.model_max_length)
     with _TOKENIZING:
         tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         counts = [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False).input_ids]

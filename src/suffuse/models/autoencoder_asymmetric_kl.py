@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from suffuse.configuration import ConfigMixin, register_to_config
 from suffuse.errors import InputError
-from suffuse.layers.gradient_checkpointing import GradientCheckpointing
 from suffuse.models.attention_services import AttentionServices
 from suffuse.models.autoencoder_kl import AutoencoderKL
 from suffuse.models.model import ModelMixin
@@ -20,7 +19,7 @@ from suffuse.models.sizes import require_positive
 from suffuse.models.vae import AutoencoderKLOutput, Decoder, DecoderOutput, DiagonalGaussianDistribution, Encoder
 
 
-class AsymmetricAutoencoderKL(AttentionServices, GradientCheckpointing, ModelMixin):
+class AsymmetricAutoencoderKL(AttentionServices, ModelMixin):
     """An autoencoder for inpainting: what the mask leaves is carried from the image into the decoder.
 
     Args:

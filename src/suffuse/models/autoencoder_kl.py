@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from suffuse.configuration import register_to_config
 from suffuse.errors import InputError
-from suffuse.layers.gradient_checkpointing import GradientCheckpointing
 from suffuse.models import tiling
 from suffuse.models.attention_services import AttentionServices
 from suffuse.models.model import ModelMixin
@@ -23,7 +22,7 @@ from suffuse.models.vae import (
 )
 
 
-class AutoencoderKL(AttentionServices, GradientCheckpointing, MemorySavings, ModelMixin):
+class AutoencoderKL(AttentionServices, MemorySavings, ModelMixin):
     """An autoencoder whose latents are kept close to a Gaussian.
 
     Args:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from suffuse.configuration import ConfigMixin, register_to_config
 from suffuse.errors import ConfigError
 from suffuse.layers.activations import get_activation
-from suffuse.layers.gradient_checkpointing import GradientCheckpointing, Recomputable
+from suffuse.layers.gradient_checkpointing import Recomputable
 from suffuse.models.autoencoder_kl import AutoencoderKL
 from suffuse.models.model import ModelMixin
 from suffuse.models.sizes import require_positive
@@ -26,7 +26,7 @@ class AutoencoderTinyOutput(BaseOutput):
     latents: Tensor
 
 
-class AutoencoderTiny(GradientCheckpointing, MemorySavings, ModelMixin):
+class AutoencoderTiny(MemorySavings, ModelMixin):
     """An autoencoder of plain convolutions, without a distribution.
 
     Args:

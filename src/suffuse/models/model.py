@@ -17,9 +17,10 @@ from suffuse.checkpoints.saving import write_weights
 from suffuse.checkpoints.weights import Tolerance, load_weights, parse_devices
 from suffuse.configuration import ConfigMixin
 from suffuse.errors import ConfigError, HubError, unknown_argument
+from suffuse.layers.gradient_checkpointing import GradientCheckpointing
 
 
-class ModelMixin(ConfigMixin, nn.Module):
+class ModelMixin(ConfigMixin, GradientCheckpointing):
     """A torch module with a configuration, loadable from and savable to a folder.
 
     Class attributes:

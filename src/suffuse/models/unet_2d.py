@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from suffuse.configuration import register_to_config
 from suffuse.errors import ConfigError, InputError
 from suffuse.layers.embeddings import GaussianFourierProjection, TimestepEmbedding, Timesteps
-from suffuse.layers.gradient_checkpointing import GradientCheckpointing
 from suffuse.layers.normalization import group_norm
 from suffuse.models.attention_services import AttentionServices
 from suffuse.models.block_layers import BlockOptions
@@ -41,7 +40,7 @@ class UNet2DOutput(BaseOutput):
     sample: Tensor
 
 
-class UNet2DModel(AttentionServices, GradientCheckpointing, ModelMixin):
+class UNet2DModel(AttentionServices, ModelMixin):
     """The UNet of DDPM and, with other blocks, of NCSN++.
 
     Args:

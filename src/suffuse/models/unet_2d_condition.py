@@ -19,7 +19,6 @@ from suffuse.layers.activations import get_activation
 from suffuse.layers.attention import CrossNorm
 from suffuse.layers.embeddings import GaussianFourierProjection, TimestepEmbedding, Timesteps
 from suffuse.layers.freeu import FreeU
-from suffuse.layers.gradient_checkpointing import GradientCheckpointing
 from suffuse.layers.grounding import GLIGENTextBoundingboxProjection
 from suffuse.layers.normalization import group_norm
 from suffuse.layers.transformer import AttentionType, Context
@@ -60,7 +59,7 @@ class UNet2DConditionOutput(BaseOutput):
     sample: Tensor
 
 
-class UNet2DConditionModel(AttentionServices, GradientCheckpointing, ModelMixin):
+class UNet2DConditionModel(AttentionServices, ModelMixin):
     """The UNet of Stable Diffusion and its kin.
 
     Args:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,7 +32,7 @@ def whole(low: int, high: int | None = None) -> Check:
     allowed = f"a whole number of at least {low}" + (f" and at most {high}" if high is not None else "")
 
     def check(name: str, value: Any) -> None:
-        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
             raise InputError(f"{name} must be a whole number", found=_shown(value), expected=allowed)
         if value < low or (high is not None and value > high):
             raise InputError(f"{name}={value} is out of range", expected=allowed)
@@ -45,7 +45,7 @@ def number(low: float = -math.inf, high: float = math.inf) -> Check:
     allowed = "a finite number" if (low, high) == (-math.inf, math.inf) else f"a number in [{low:g}, {high:g}]"
 
     def check(name: str, value: Any) -> None:
-        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
             raise InputError(f"{name} must be a number", found=_shown(value), expected=allowed)
         if not low <= value <= high or not math.isfinite(value):
             raise InputError(f"{name}={value} is out of range", expected=allowed)

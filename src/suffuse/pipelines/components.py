@@ -10,7 +10,10 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from suffuse.configuration import FORMAT_VERSION
+from suffuse.checkpoints.layout import DIFFUSERS, PICKLE, Naming
+from suffuse.checkpoints.layout import TRANSFORMERS as TRANSFORMERS_FILES
+from suffuse.checkpoints.saving import write_weights
+from suffuse.configuration import ConfigMixin
 from suffuse.errors import ConfigError, nearest
 from suffuse.public_names import PUBLIC
 
@@ -72,39 +75,37 @@ def component_entry(value: Any) -> tuple[str | None, str | None]:
     return "diffusers" if root == "suffuse" else root, kind.__name__.removesuffix("Pil")
 
 
-def load_component(name: str, kind: type[Any], folder: Path, **options: Any) -> Any:
-    """Load one component from its folder.
-
-    Args:
-        name: The component's name, for errors.
-        kind: Its class.
-        folder: Its folder.
-        **options: `torch_dtype`, `variant`, `use_safetensors`, … for those components that hold weights.
-    """
+def weights_naming(kind: type[Any]) -> Naming | None:
+    """How the weights files of a class are called; None for a class without weights."""
     import torch
 
     if not issubclass(kind, torch.nn.Module):
-        return kind.from_pretrained(folder)
-    if kind.__module__.startswith("suffuse.models"):
-        return kind.from_pretrained(folder, **options)  # pyright: ignore[reportAttributeAccessIssue]
-    from suffuse.checkpoints.transformers_models import load_transformers_model
+        return None
+    return DIFFUSERS if issubclass(kind, ConfigMixin) else TRANSFORMERS_FILES
 
-    return load_transformers_model(kind, folder, **options)
+
+def load_component(kind: type[Any], folder: Path, **options: Any) -> Any:
+    """Load one component from its folder; `torch_dtype`, `variant`, … are for those that hold weights."""
+    match weights_naming(kind):
+        case None:
+            return kind.from_pretrained(folder)
+        case naming if naming is DIFFUSERS:
+            return kind.from_pretrained(folder, **options)
+        case _:
+            from suffuse.checkpoints.transformers_models import load_transformers_model
+
+            return load_transformers_model(kind, folder, **options)
 
 
 def save_component(value: Any, folder: Path, safe_serialization: bool, variant: str | None) -> None:
     """Write one component into its folder, as diffusers lays it out."""
-    import torch
-
-    if isinstance(value, torch.nn.Module):
-        if type(value).__module__.startswith("suffuse.models"):
-            value.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)  # pyright: ignore
-        else:
-            from suffuse.checkpoints.transformers_models import save_transformers_model
-
-            save_transformers_model(value, folder, safe_serialization=safe_serialization, variant=variant)
-    else:
-        value.save_pretrained(folder)
-
-
-__all__ = ["FORMAT_VERSION", "component_class", "component_entry", "load_component", "save_component"]
+    match weights_naming(type(value)):
+        case None:
+            value.save_pretrained(folder)
+        case naming if naming is DIFFUSERS:
+            value.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
+        case naming if safe_serialization:
+            value.save_pretrained(folder, variant=variant)
+        case naming:  # transformers writes no pickles any more
+            value.config.save_pretrained(folder)
+            write_weights(value.state_dict(), folder, naming, PICKLE, variant)

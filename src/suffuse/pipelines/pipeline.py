@@ -12,9 +12,9 @@ import json
 import os
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from suffuse.checkpoints.atomic import staged_folder
+from suffuse.checkpoints.layout import DIFFUSERS, component_variants, superseded
 from suffuse.configuration import ConfigMixin, read_json
 from suffuse.diffusion.advance import GuidedStep, step_options
 from suffuse.diffusion.conditioning import Conditioner, Conditioning, Denoiser
@@ -32,7 +33,7 @@ from suffuse.diffusion.hooks import CallbackOnStepEnd, EndWhen, OnWholeSteps, Wa
 from suffuse.diffusion.loop import Hook, Step, denoise
 from suffuse.errors import ConfigError, InputError, MissingFileError, nearest, unknown_argument
 from suffuse.outputs import BaseOutput
-from suffuse.pipelines.components import component_class, component_entry, load_component, save_component
+from suffuse.pipelines.components import component_class, component_entry, load_component, save_component, weights_naming
 from suffuse.processing.image import VaeImageProcessor
 from suffuse.schedulers.scheduler import SchedulerMixin
 
@@ -301,19 +302,29 @@ class DiffusionPipeline(ConfigMixin):
                 f"{target.__name__} has no use for these entries of {cls.config_name}: {', '.join(extra)}", stacklevel=2
             )
         values = {name: index[name] for name in parameters if name in index and name not in names} | components
-        options = {"variant": variant, "use_safetensors": use_safetensors, "strict": strict}
-        classes = {name: _planned(target, folder, name, index) for name in names if name not in components}
+        planned = {name: _planned(target, folder, name, index) for name in names if name not in components}
+        classes = {name: kind for name, kind in planned.items() if kind is not None}
+        namings = {name: naming for name, kind in classes.items() if (naming := weights_naming(kind)) is not None}
+        variants = component_variants(folder, namings, variant)
+        information: dict[str, Any] = {}
         for name, kind in classes.items():
-            dtype = torch_dtype.get(name, torch_dtype.get("default")) if isinstance(torch_dtype, dict) else torch_dtype
-            values[name] = kind and load_component(name, kind, folder / name, torch_dtype=dtype, **options)
-        pipe = target(**values)
+            options: dict[str, Any] = {"use_safetensors": use_safetensors, "strict": strict, "variant": variants.get(name)}
+            by_name = torch_dtype if isinstance(torch_dtype, dict) else {"default": torch_dtype}
+            options["torch_dtype"] = by_name.get(name, by_name.get("default"))
+            if namings.get(name) is DIFFUSERS and output_loading_info:
+                values[name], information[name] = load_component(kind, folder / name, output_loading_info=True, **options)
+            else:
+                values[name] = load_component(kind, folder / name, **options)
+        pipe = target(**(dict.fromkeys(planned) | values))
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-        return (pipe, {"components": sorted(classes)}) if output_loading_info else pipe
+        return (pipe, information) if output_loading_info else pipe
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], safe_serialization: bool = True, variant: str | None = None
     ) -> None:
         """Write the pipeline as a folder that diffusers reads too; the folder is the old one or the new one, never a mixture.
+
+        Files of the old folder that belong to no component stay, and weights of other variants.
 
         Args:
             save_directory: The folder; made or replaced.
@@ -323,8 +334,16 @@ class DiffusionPipeline(ConfigMixin):
         Raises:
             SaveError: It could not be written; what was there is untouched.
         """
-        with staged_folder(Path(save_directory)) as folder:
-            for name, value in self.components.items():
+        components = self.components
+
+        def keep(path: PurePosixPath) -> bool:
+            if path.parts[0] not in components:
+                return True
+            naming = weights_naming(type(components[path.parts[0]]))
+            return naming is not None and not superseded(naming, variant).fullmatch(path.name)
+
+        with staged_folder(Path(save_directory), keep) as folder:
+            for name, value in components.items():
                 if value is not None:
                     save_component(value, folder / name, safe_serialization, variant)
             self.save_config(folder)
@@ -380,7 +399,7 @@ class DiffusionPipeline(ConfigMixin):
         return {name: value for name, value in self.__dict__.items() if name != "_threads"}
 
     @contextlib.contextmanager
-    def running(self, arguments: dict[str, Any]) -> Iterator[Run]:
+    def running(self, arguments: dict[str, Any]) -> Generator[Run]:
         """A run of the calling thread, with its own fork of the scheduler; a run it interrupts goes on afterwards."""
         outer, run = self._run, Run(self.scheduler.fork(), arguments)
         run.clip_skip, run.cross_attention_kwargs = arguments.get("clip_skip"), arguments.get("cross_attention_kwargs")

@@ -2,12 +2,13 @@
 
 Whatever holds a picture (PIL in any mode, NumPy, torch, lists of them) becomes a float tensor (batch, channels, height, width);
 what is no picture is refused with the reason, and nothing is guessed: a fourth channel of a PIL picture or an array is alpha,
-only a torch tensor can hold latents.
+only a torch tensor of floats can hold latents.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -17,17 +18,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from suffuse.configuration import ConfigMixin, register_to_config
-from suffuse.errors import InputError, nearest
-
-MAX_PIXELS = 64 * 10**6
-"""Larger pictures are refused before they are decoded."""
+from suffuse.errors import InputError, LimitError, NonFiniteError, nearest
+from suffuse.processing import pixels
+from suffuse.processing.pixels import MAX_PIXELS, SLACK
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+RESIZE_MODES = ("default", "fill", "crop")
+RESAMPLING = {
+    "linear": Image.Resampling.BILINEAR,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    "nearest": Image.Resampling.NEAREST,
+}
 
 ImageInput: TypeAlias = "Image.Image | np.ndarray | Tensor | Sequence[Image.Image | np.ndarray | Tensor]"
 """What may be given as a picture, or as several."""
 
-RESAMPLING = {name: getattr(Image.Resampling, name.upper()) for name in ("nearest", "bilinear", "bicubic", "lanczos")}
+Box: TypeAlias = "tuple[int, int, int, int]"
+"""(left, top, right, bottom) in pixels."""
 
 
 class VaeImageProcessor(ConfigMixin):
@@ -36,12 +45,13 @@ class VaeImageProcessor(ConfigMixin):
     Args:
         do_resize: Bring pictures to the height and width asked for, or down to a multiple of `vae_scale_factor`.
         vae_scale_factor: Pixels along an edge of what one latent stands for.
-        vae_latent_channels: A tensor with this many channels holds latents, and is passed through.
-        resample: How PIL pictures are resized: "nearest", "bilinear", "bicubic" or "lanczos".
+        resample: How PIL pictures are resized: "nearest", "bilinear" (or "linear"), "bicubic" or "lanczos".
         do_normalize: From [0, 1] to [-1, 1].
         do_binarize: To 0 below one half, else 1.
-        do_convert_rgb: Kept for its name; PIL pictures always become RGB unless they become gray.
+        do_convert_rgb: Kept for its name; pictures always become RGB unless they become gray.
         do_convert_grayscale: To one channel.
+        vae_latent_channels: A tensor of floats with this many channels holds latents, and is passed through.
+        reducing_gap: Shrink PIL pictures in two passes, the first cheap and down to this many times the size wanted.
     """
 
     config_name = "config.json"
@@ -57,11 +67,15 @@ class VaeImageProcessor(ConfigMixin):
         do_convert_rgb: bool = False,
         do_convert_grayscale: bool = False,
         vae_latent_channels: int = 4,
+        reducing_gap: int | None = None,
     ) -> None:
         if do_convert_rgb and do_convert_grayscale:
             raise InputError("do_convert_rgb and do_convert_grayscale exclude each other", remedy="set one of them to False")
         if resample not in RESAMPLING:
-            raise InputError(f"resample={resample!r} is unknown", expected=sorted(RESAMPLING))
+            raise InputError(f"resample={resample!r} is unknown", expected=", ".join(RESAMPLING))
+        for name, value in (("vae_scale_factor", vae_scale_factor), ("reducing_gap", reducing_gap)):
+            if value is not None and value < 1:
+                raise InputError(f"{name}={value} is out of range", expected="1 or more")
 
     # ------------------------------------------------------------ in
 
@@ -71,14 +85,15 @@ class VaeImageProcessor(ConfigMixin):
         height: int | None = None,
         width: int | None = None,
         resize_mode: Literal["default", "fill", "crop"] = "default",
-        crops_coords: tuple[int, int, int, int] | None = None,
+        crops_coords: Box | None = None,
         name: str = "image",
     ) -> Tensor:
         """Pictures as one float tensor.
 
         Args:
             image: PIL pictures (any mode; alpha is laid over white), arrays (height, width, channels), tensors (channels, height,
-                width), batches of them, or lists. Floats in [0, 1], or [-1, 1] in tensors; integers in their full range.
+                width), batches of them, or lists. Floats in [0, 1], or [-1, 1] in arrays and tensors; integers up to 255, or
+                65535 in uint16. Masks may be two-dimensional, and integers of 0 and 1.
             height: Rows wanted; those of the picture, cut to a multiple of `vae_scale_factor`, if None.
             width: Columns wanted, likewise.
             resize_mode: "fill" and "crop" keep the aspect of PIL pictures.
@@ -90,25 +105,25 @@ class VaeImageProcessor(ConfigMixin):
 
         Raises:
             InputError: No picture, a broken one, one of a size or range that cannot be meant.
+            LimitError: A size is asked for that is larger than any picture may be.
         """
-        items = _listed(image, name)
+        items = pixels.listed(image, name)
         if isinstance(items[0], Image.Image):
-            pictures = [self._opened(item, name) for item in items]
-            pictures = [picture.crop(crops_coords) for picture in pictures] if crops_coords else pictures
-            if (height is None or width is None) and len({picture.size for picture in pictures}) > 1:
-                raise InputError(f"{name}: pictures of several sizes", found=[p.size for p in pictures], expected="one size")
-            if self.config.do_resize:
-                size = self._checked_size(pictures[0], height, width, name)
-                pictures = [self.resize(picture, *size, resize_mode=resize_mode) for picture in pictures]
-            values = self.numpy_to_pt(self.pil_to_numpy(pictures))
+            values = self._from_pil(items, (height, width), resize_mode, crops_coords, name)
         else:
-            values = self._joined(items, name)
-            if isinstance(items[0], Tensor) and values.shape[1] == self.config.vae_latent_channels:
+            if crops_coords is not None:
+                raise InputError("crops_coords needs PIL pictures", found=type(items[0]).__name__)
+            stacked_masks = self.config.do_convert_grayscale and not isinstance(image, (list, tuple)) and _is_stack(image)
+            values = pixels.joined(items, name, stacked_masks)
+            latents = isinstance(items[0], Tensor) and values.shape[1] == self.config.vae_latent_channels
+            if latents and values.is_floating_point():
+                pixels.check_finite(values, name)
                 return values
-            values = self._to_channels(values, name)
+            values = pixels.unit_range(values, name, labels=self.config.do_binarize)
+            values = (pixels.grays if self.config.do_convert_grayscale else pixels.colors)(values, name)
             if self.config.do_resize:
-                values = self.resize(values, *self._checked_size(values, height, width, name))
-        if self.config.do_normalize and not values.min() < 0:
+                values = self.resize(values, *self._target(values, height, width, name), resize_mode=resize_mode)
+        if self.config.do_normalize and not values.min() < -SLACK:  # else they are in [-1, 1] already
             values = self.normalize(values)
         return self.binarize(values) if self.config.do_binarize else values
 
@@ -126,9 +141,11 @@ class VaeImageProcessor(ConfigMixin):
 
         "fill" fits the whole picture in and repeats its edges around it; "crop" fills the frame and cuts what stands over.
         """
+        if resize_mode not in RESIZE_MODES:
+            raise InputError(f"resize_mode={resize_mode!r} is unknown", expected=", ".join(RESIZE_MODES))
         if isinstance(image, Image.Image):
             if resize_mode == "default":
-                return image.resize((width, height), resample=RESAMPLING[self.config.resample])
+                return image.resize((width, height), RESAMPLING[self.config.resample], reducing_gap=self.config.reducing_gap)
             return self._framed(image, width, height, resize_mode)
         if resize_mode != "default":
             raise InputError(f"resize_mode={resize_mode!r} needs PIL pictures", found=type(image).__name__)
@@ -143,108 +160,63 @@ class VaeImageProcessor(ConfigMixin):
     @staticmethod
     def convert_to_rgb(image: Image.Image) -> Image.Image:
         """Any PIL picture as RGB: turned as its EXIF says, 16 bits scaled to 8, alpha laid over white."""
-        image = _eight_bits(ImageOps.exif_transpose(image))
-        if _has_alpha(image):
-            image = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        return image if image.mode == "RGB" else image.convert("RGB")
+        return pixels.over_white(pixels.opened(image))
 
     @staticmethod
     def convert_to_grayscale(image: Image.Image) -> Image.Image:
-        """Any PIL picture as gray; if its colours are all one and only its alpha draws, the alpha."""
-        image = _eight_bits(ImageOps.exif_transpose(image))
-        if _has_alpha(image):
-            image = image.convert("RGBA")
-            if all(low == high for low, high in image.convert("RGB").getextrema()):  # pyright: ignore
-                return image.getchannel("A")
-        return image.convert("L")
+        """Any PIL picture as gray; if its colors are all one and only its alpha draws, the alpha."""
+        return pixels.painted(pixels.opened(image)).convert("L")
 
-    def _opened(self, image: Image.Image, name: str) -> Image.Image:
-        if image.width * image.height > MAX_PIXELS:
-            raise InputError(
-                f"{name} is too large", found=f"{image.width} x {image.height}", expected=f"at most {MAX_PIXELS} pixels"
-            )
-        try:
-            image.load()
-        except OSError as error:
-            raise InputError(
-                f"{name} cannot be decoded: {error}", remedy="the file is damaged or cut short; fetch it again"
-            ) from error
-        return self.convert_to_grayscale(image) if self.config.do_convert_grayscale else self.convert_to_rgb(image)
+    def _from_pil(
+        self, items: list[Image.Image], size: tuple[int | None, int | None], mode: Any, box: Box | None, name: str
+    ) -> Tensor:
+        gray, resized = self.config.do_convert_grayscale, self.config.do_resize
+        plain = pixels.painted if gray else pixels.over_white
+        pictures = [plain(pixels.opened(item, name)) for item in items]
+        if box is not None:
+            pictures = [picture.crop(_checked_box(box, picture, name)) for picture in pictures]
+        sizes = {picture.size for picture in pictures}
+        if len(sizes) > 1 and (None in size or not resized):
+            raise InputError(f"{name}: pictures of several sizes", found=sorted(sizes), expected="one size, or height and width")
+        if resized:
+            height, width = self._target(pictures[0], *size, name)
+            pictures = [self.resize(picture, height, width, mode) for picture in pictures]
+        pictures = [picture.convert("L") for picture in pictures] if gray else pictures
+        return self.numpy_to_pt(self.pil_to_numpy(pictures))
 
-    def _joined(self, items: list[Any], name: str) -> Tensor:
-        """Arrays or tensors as one float tensor (batch, channels, height, width)."""
-        shapes = {tuple(item.shape) for item in items}
-        if len(shapes) > 1:
-            raise InputError(f"{name}: arrays of several shapes", found=sorted(shapes), expected="one shape")
-        first = items[0]
-        picture = isinstance(first, np.ndarray) and first.shape[-1] in (1, 3, 4)
-        several_masks = self.config.do_convert_grayscale and first.ndim == 3 and len(items) == 1 and not picture
-        batched = first.ndim == 4 or several_masks
-        if isinstance(first, np.ndarray):
-            values = np.concatenate(items) if batched else np.stack(items)
-            values = torch.from_numpy(_unit_range(values))
-            values = values if values.ndim == 4 else values[..., None]
-            values = values.permute(0, 3, 1, 2)
-        else:
-            values = torch.cat(items) if batched else torch.stack(items)
-            values = torch.from_numpy(_unit_range(values.numpy())) if not values.is_floating_point() else values
-            values = values if values.ndim == 4 else values.unsqueeze(1)
-        latents = isinstance(first, Tensor) and values.shape[1] == self.config.vae_latent_channels
-        if not bool(torch.isfinite(values).all()):
-            raise InputError(f"{name} holds NaN or infinity")
-        if not latents and (values.min() < -1 or values.max() > 1):
-            raise InputError(
-                f"{name} is out of range",
-                found=f"[{values.min().item():.4g}, {values.max().item():.4g}]",
-                expected="floats in [0, 1], or integers in their full range",
-                remedy="divide by 255, or pass uint8",
-            )
-        return values
-
-    def _to_channels(self, values: Tensor, name: str) -> Tensor:
-        channels = values.shape[1]
-        if channels == 4:
-            alpha = values[:, 3:]
-            values, channels = values[:, :3] * alpha + (1 - alpha), 3
-        if self.config.do_convert_grayscale:
-            if channels == 3:
-                weights = torch.tensor([0.299, 0.587, 0.114], dtype=values.dtype, device=values.device)
-                values, channels = (values * weights[:, None, None]).sum(1, keepdim=True), 1
-            if channels == 1:
-                return values
-        elif channels in (1, 3):
-            return values.expand(-1, 3, -1, -1)
-        raise InputError(
-            f"{name} has {channels} channels",
-            found=f"shape {tuple(values.shape)} as (batch, channels, height, width)",
-            expected="1, 3 or, with alpha, 4",
-        )
-
-    def _checked_size(self, image: Any, height: int | None, width: int | None, name: str) -> tuple[int, int]:
-        size = self.get_default_height_width(image, height, width)
-        if 0 in size:
-            factor = self.config.vae_scale_factor
-            raise InputError(
-                f"{name} is too small", found=f"{_size(image)} rows and columns", expected=f"at least {factor} x {factor}"
-            )
-        return size
+    def _target(self, image: Any, height: Any, width: Any, name: str) -> tuple[int, int]:
+        """What `get_default_height_width` says, checked."""
+        factor = self.config.vae_scale_factor
+        for argument, value in (("height", height), ("width", width)):
+            if value is not None and not (isinstance(value, Integral) and int(value) >= factor):
+                raise InputError(f"{argument}={value!r} is no size", expected=f"a whole number, at least {factor}")
+        rows, columns = self.get_default_height_width(image, height, width)
+        if 0 in (rows, columns):
+            found = " x ".join(map(str, reversed(_size(image))))
+            raise InputError(f"{name} is too small", found=f"{found} pixels", expected=f"at least {factor} x {factor}")
+        if rows * columns > MAX_PIXELS:
+            raise LimitError("height and width are too large", found=(rows, columns), expected=f"at most {MAX_PIXELS} pixels")
+        return rows, columns
 
     def _framed(self, image: Image.Image, width: int, height: int, mode: str) -> Image.Image:
-        wide, wanted = image.width / image.height, width / height
-        along_width = (wanted < wide) if mode == "fill" else (wanted > wide)  # which edge decides the size
-        inner_width = width if along_width else image.width * height // image.height
-        inner_height = image.height * width // image.width if along_width else height
-        inner = image.resize((inner_width, inner_height), resample=RESAMPLING[self.config.resample])
+        own, wanted = image.width / image.height, width / height
+        along_width = (wanted < own) if mode == "fill" else (wanted > own)  # which edge decides the size
+        inner_width = width if along_width else max(image.width * height // image.height, 1)
+        inner_height = max(image.height * width // image.width, 1) if along_width else height
+        if inner_width * inner_height > MAX_PIXELS:
+            raise InputError(f"a picture of {image.width} x {image.height} is too narrow to fill {width} x {height}")
+        inner = image.resize((inner_width, inner_height), RESAMPLING[self.config.resample])
         left, top = width // 2 - inner_width // 2, height // 2 - inner_height // 2
         frame = Image.new(image.mode, (width, height))
         frame.paste(inner, (left, top))
-        if mode == "fill" and wanted < wide and top > 0:
-            frame.paste(inner.resize((width, top), box=(0, 0, width, 0)), (0, 0))
-            frame.paste(inner.resize((width, top), box=(0, inner.height, width, inner.height)), (0, top + inner_height))
-        if mode == "fill" and wanted > wide and left > 0:
-            frame.paste(inner.resize((left, height), box=(0, 0, 0, height)), (0, 0))
-            frame.paste(inner.resize((left, height), box=(inner.width, 0, inner.width, height)), (left + inner_width, 0))
+        if mode == "fill":
+            # A resized box without extent repeats the edge it lies on.
+            if wanted < own and top > 0:
+                for edge, start in ((0, 0), (inner_height, top + inner_height)):
+                    frame.paste(inner.resize((width, top), box=(0, edge, width, edge)), (0, start))
+            if wanted > own and left > 0:
+                for edge, start in ((0, 0), (inner_width, left + inner_width)):
+                    frame.paste(inner.resize((left, height), box=(edge, 0, edge, height)), (start, 0))
         return frame
 
     # ------------------------------------------------------------ out
@@ -259,29 +231,42 @@ class VaeImageProcessor(ConfigMixin):
             do_denormalize: Which pictures are in [-1, 1] (a blanked one is not); all, if None.
 
         Raises:
-            InputError: Another `output_type`.
+            InputError: Another `output_type`; no such tensor; flags for another number of pictures.
         """
         check_output_type(output_type)
+        if not isinstance(image, Tensor) or image.ndim != 4:  # pyright: ignore[reportUnnecessaryIsInstance]
+            found = f"{type(image).__name__}{tuple(getattr(image, 'shape', ()))}"
+            raise InputError("only tensors can be postprocessed", found=found, expected="(batch, channels, height, width)")
         if output_type == "latent":
             return image
-        flags = do_denormalize or [self.config.do_normalize] * len(image)
-        image = torch.stack([self.denormalize(one) if flag else one for one, flag in zip(image, flags, strict=True)])
+        if do_denormalize is None:
+            image = self.denormalize(image) if self.config.do_normalize else image
+        elif len(do_denormalize) != len(image):
+            raise InputError(f"do_denormalize has {len(do_denormalize)} entries for {len(image)} pictures")
+        else:
+            image = torch.stack([self.denormalize(one) if flag else one for one, flag in zip(image, do_denormalize, strict=True)])
         if output_type == "pt":
             return image
         array = self.pt_to_numpy(image)
         return array if output_type == "np" else self.numpy_to_pil(array)
 
     def apply_overlay(
-        self, mask: Image.Image, init_image: Image.Image, image: Image.Image, crop_coords: tuple[int, int, int, int] | None = None
+        self, mask: Image.Image, init_image: Image.Image, image: Image.Image, crop_coords: Box | None = None
     ) -> Image.Image:
-        """Lay what the mask leaves black of `init_image` over `image`, which may be a crop of it."""
-        keep = Image.new("RGBa", init_image.size)
-        keep.paste(init_image.convert("RGBA").convert("RGBa"), mask=ImageOps.invert(mask.convert("L")))
+        """Lay what the mask leaves black of `init_image` over `image`, which may be a crop of it.
+
+        The result is of the size of `init_image` if `image` is a crop, else of `image`.
+        """
+        init_image, mask = self.convert_to_rgb(init_image), self.convert_to_grayscale(mask)
+        size = image.size if crop_coords is None else init_image.size
+        init_image, mask = (self.resize(one, size[1], size[0]) for one in (init_image, mask))
+        keep = Image.new("RGBa", size)
+        keep.paste(init_image.convert("RGBA").convert("RGBa"), mask=ImageOps.invert(mask))
         if crop_coords is not None:
-            left, top, right, bottom = crop_coords
-            base = Image.new("RGBA", init_image.size)
+            left, top, right, bottom = _checked_box(crop_coords, init_image, "init_image")
+            base = Image.new("RGB", size)
             base.paste(self.resize(image, bottom - top, right - left, resize_mode="crop"), (left, top))
-            image = base.convert("RGB")
+            image = base
         image = image.convert("RGBA")
         image.alpha_composite(keep.convert("RGBA"))
         return image.convert("RGB")
@@ -290,9 +275,22 @@ class VaeImageProcessor(ConfigMixin):
 
     @staticmethod
     def numpy_to_pil(images: np.ndarray) -> list[Image.Image]:
-        """(batch, height, width, channels) in [0, 1] → pictures."""
+        """([batch, ]height, width, channels) in [0, 1], cut, → pictures.
+
+        Raises:
+            InputError: Another shape, or no floats.
+            NonFiniteError: NaN or infinity, which would become a black picture.
+        """
+        if images.ndim not in (3, 4) or images.shape[-1] not in (1, 3, 4) or images.dtype.kind != "f":
+            raise InputError(
+                "an array does not hold pictures",
+                found=f"{images.dtype} {images.shape}",
+                expected="floats in [0, 1] of shape (batch, height, width, 1, 3 or 4)",
+            )
+        if not np.isfinite(images).all():
+            raise NonFiniteError("pictures hold NaN or infinity")
         images = images[None] if images.ndim == 3 else images
-        bytes_ = (images * 255).round().astype("uint8")
+        bytes_ = (images.clip(0, 1) * 255).round().astype(np.uint8)
         return [Image.fromarray(one.squeeze(-1) if one.shape[-1] == 1 else one) for one in bytes_]
 
     @staticmethod
@@ -310,7 +308,7 @@ class VaeImageProcessor(ConfigMixin):
     @staticmethod
     def pt_to_numpy(images: Tensor) -> np.ndarray:
         """(batch, channels, height, width) → (batch, height, width, channels), float32."""
-        return images.cpu().permute(0, 2, 3, 1).float().numpy()
+        return images.detach().cpu().permute(0, 2, 3, 1).float().numpy()
 
     @staticmethod
     def normalize(images: Any) -> Any:
@@ -328,26 +326,29 @@ class VaeImageProcessor(ConfigMixin):
         return image.filter(ImageFilter.GaussianBlur(blur_factor))
 
     @staticmethod
-    def get_crop_region(mask_image: Image.Image, width: int, height: int, pad: int = 0) -> tuple[int, int, int, int]:
+    def get_crop_region(mask_image: Image.Image, width: int, height: int, pad: int = 0) -> Box:
         """The box around what the mask paints, `pad` pixels wider, with the aspect of `width` and `height` where it fits.
 
         Returns:
             (left, top, right, bottom).
 
         Raises:
-            InputError: The mask paints nothing.
+            InputError: The mask paints nothing; a negative size or `pad`.
         """
-        painted = np.asarray(mask_image.convert("L")) > 0
+        if min(width, height) < 1 or pad < 0:
+            raise InputError(f"no region of {width} x {height} with pad={pad}", expected="positive sizes, pad of 0 or more")
+        painted = np.asarray(VaeImageProcessor.convert_to_grayscale(mask_image)) > 0
         rows, columns = np.flatnonzero(painted.any(1)), np.flatnonzero(painted.any(0))
         if not len(rows):
             raise InputError("mask_image is black: there is nothing to paint", expected="white where to paint")
-        x1, x2 = max(int(columns[0]) - pad, 0), min(int(columns[-1]) + 1 + pad, mask_image.width)
-        y1, y2 = max(int(rows[0]) - pad, 0), min(int(rows[-1]) + 1 + pad, mask_image.height)
+        bottom, right = painted.shape
+        x1, x2 = max(int(columns[0]) - pad, 0), min(int(columns[-1]) + 1 + pad, right)
+        y1, y2 = max(int(rows[0]) - pad, 0), min(int(rows[-1]) + 1 + pad, bottom)
         aspect = width / height
         if (x2 - x1) / (y2 - y1) > aspect:
-            y1, y2 = _widened(y1, y2, (x2 - x1) / aspect, mask_image.height)
+            y1, y2 = _widened(y1, y2, (x2 - x1) / aspect, bottom)
         else:
-            x1, x2 = _widened(x1, x2, (y2 - y1) * aspect, mask_image.width)
+            x1, x2 = _widened(x1, x2, (y2 - y1) * aspect, right)
         return x1, y1, x2, y2
 
 
@@ -362,21 +363,6 @@ def check_output_type(output_type: Any) -> None:
         )
 
 
-def _listed(image: Any, name: str) -> list[Any]:
-    items: list[Any] = list(image) if isinstance(image, (list, tuple)) else [image]
-    kinds = (Image.Image, np.ndarray, Tensor)
-    kind = next((kind for kind in kinds if items and all(isinstance(item, kind) for item in items)), None)
-    dimensions = {getattr(item, "ndim", 3) for item in items}
-    if kind is None or not dimensions <= {2, 3, 4}:
-        found = [f"{type(i).__name__}{tuple(i.shape) if hasattr(i, 'shape') else ''}" for i in items]
-        raise InputError(
-            f"{name} is no picture",
-            found=found if isinstance(image, (list, tuple)) else found[0],
-            expected="a PIL picture, an array (height, width, channels), a tensor (channels, height, width), a list of one kind",
-        )
-    return items
-
-
 def _size(image: Any) -> tuple[int, int]:
     """(height, width) of a picture or a batch."""
     if isinstance(image, Image.Image):
@@ -384,27 +370,21 @@ def _size(image: Any) -> tuple[int, int]:
     return (image.shape[2], image.shape[3]) if isinstance(image, Tensor) else (image.shape[1], image.shape[2])
 
 
-def _has_alpha(image: Image.Image) -> bool:
-    return image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
+def _is_stack(masks: Any) -> bool:
+    """Whether three dimensions are (batch, height, width): arrays whose last could be channels are one picture."""
+    return masks.ndim == 3 and not (isinstance(masks, np.ndarray) and masks.shape[-1] in (1, 3, 4))
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    if image.mode != "I" and image.mode != "F" and not image.mode.startswith("I;16"):
-        return image
-    values = np.asarray(image, dtype=np.float64)
-    top = 65535 if image.mode != "F" else 255 if values.max(initial=0) > 1 else 1
-    return Image.fromarray((values * (255 / top)).round().clip(0, 255).astype(np.uint8))
-
-
-def _unit_range(values: np.ndarray) -> np.ndarray:
-    """Integers and booleans in [0, 1] by the range of their type; floats as they are."""
-    if values.dtype == np.bool_:
-        return values.astype(np.float32)
-    if np.issubdtype(values.dtype, np.unsignedinteger):
-        return values.astype(np.float32) / np.float32(np.iinfo(values.dtype).max)
-    if np.issubdtype(values.dtype, np.integer):
-        return values.astype(np.float32) / np.float32(255.0 if values.max(initial=0) > 1 else 1.0)
-    return values
+def _checked_box(box: Any, image: Image.Image, name: str) -> Box:
+    """`box` if it lies within the picture and is not empty."""
+    whole = isinstance(box, (list, tuple)) and len(box) == 4 and all(isinstance(edge, Integral) for edge in box)
+    if not (whole and 0 <= box[0] < box[2] <= image.width and 0 <= box[1] < box[3] <= image.height):
+        raise InputError(
+            f"crops_coords={box!r} is no part of {name}",
+            expected=f"(left, top, right, bottom) within {image.width} x {image.height}",
+        )
+    left, top, right, bottom = box
+    return left, top, right, bottom
 
 
 def _widened(low: int, high: int, wanted: float, limit: int) -> tuple[int, int]:

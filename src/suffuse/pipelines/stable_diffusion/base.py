@@ -52,8 +52,6 @@ class StableDiffusionBase(DiffusionPipeline):
 
     _scheduler_settings: ClassVar[dict[str, Any]] = {"steps_offset": 1, "clip_sample": False}
     """What Stable Diffusion was trained with, and old checkpoints get wrong."""
-    _input_channels: ClassVar[tuple[int, ...]] = (4,)
-    """What the first layer of the UNet may take."""
 
     vae: Any
     text_encoder: Any
@@ -102,9 +100,20 @@ class StableDiffusionBase(DiffusionPipeline):
         if components["scheduler"] is not None:
             components["scheduler"] = corrected_scheduler(components["scheduler"], self._scheduler_settings)
         check_sizes(components)
+        check_channels(components, type(self))
         self.register_modules(**components)
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 8
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, vae_latent_channels=self.latent_channels)
+
+    @classmethod
+    def input_channels(cls, latents: int) -> tuple[int, ...]:
+        """What the first layer of the UNet may take where latents have so many channels."""
+        return (latents,)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents, 4 in Stable Diffusion."""
+        return self.vae.config.latent_channels if self.vae is not None else self.unet.config.out_channels if self.unet else 4
 
     # ------------------------------------------------------------ prompts and guidance
 
@@ -201,8 +210,7 @@ class StableDiffusionBase(DiffusionPipeline):
 
     def latent_shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(batch, channels, rows, columns) of the latents of a picture."""
-        channels = self.vae.config.latent_channels if self.vae is not None else self.unet.config.in_channels
-        return batch, channels, height // self.vae_scale_factor, width // self.vae_scale_factor
+        return batch, self.latent_channels, height // self.vae_scale_factor, width // self.vae_scale_factor
 
     def default_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """(height, width) asked for, or what the UNet was trained on if either is missing."""
@@ -224,7 +232,7 @@ class StableDiffusionBase(DiffusionPipeline):
     def encode_pictures(self, image: Tensor, dtype: torch.dtype) -> Tensor:
         """Latents of pictures, with the generator of the call; latents are passed through."""
         image = image.to(device=self.device, dtype=dtype)
-        if image.shape[1] == self.vae.config.latent_channels:
+        if image.shape[1] == self.latent_channels:
             return image
         return encode_image(self.vae, image, self._run.arguments["generator"]).to(dtype)
 
@@ -283,7 +291,7 @@ class StableDiffusionBase(DiffusionPipeline):
         count = len(prompt) if isinstance(prompt, list) else 1 if embeds is None else len(embeds)
         batch = count * arguments["num_images_per_prompt"]
         pictures = torch.cat([pictures] * repeats(batch, pictures, "image"))
-        if pictures.shape[1] == self.vae.config.latent_channels or arguments["output_type"] == "latent":
+        if pictures.shape[1] == self.latent_channels or arguments["output_type"] == "latent":
             return self.finish(self.encode_pictures(pictures, self.vae.dtype), self.vae.dtype)
         return self.output(self.image_processor.postprocess(pictures, arguments["output_type"]), None)
 
@@ -368,6 +376,20 @@ def check_sizes(components: dict[str, Any]) -> None:
             "the tokenizer has more tokens than text_encoder/config.json has vocab_size",
             found=f"{len(tokenizer)} and {encoder.vocab_size}",
             remedy="use the tokenizer that was saved with the text encoder",
+        )
+
+
+def check_channels(components: dict[str, Any], pipeline: type[StableDiffusionBase]) -> None:
+    """Raise `ConfigError` if the UNet was made for another task: what it sees besides latents tells."""
+    unet, vae = components.get("unet"), components.get("vae")
+    if unet is None or vae is None:
+        return
+    taken = pipeline.input_channels(vae.config.latent_channels)
+    if unet.config.in_channels not in taken:
+        raise ConfigError(
+            f"unet/config.json: in_channels={unet.config.in_channels} does not fit {pipeline.__name__}",
+            expected=" or ".join(map(str, taken)),
+            remedy="StableDiffusionInpaintPipeline takes 4 or 9 channels, StableDiffusionDepth2ImgPipeline 5, the others 4",
         )
 
 

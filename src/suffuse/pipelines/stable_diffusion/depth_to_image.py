@@ -32,7 +32,6 @@ class StableDiffusionDepth2ImgPipeline(StableDiffusionBase):
     model_cpu_offload_seq = "text_encoder->unet->vae"
     _optional_components = ["depth_estimator", "feature_extractor"]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds", "depth_mask"]
-    _input_channels = (5,)
 
     depth_estimator: Any
     safety_checker = None
@@ -56,6 +55,11 @@ class StableDiffusionDepth2ImgPipeline(StableDiffusionBase):
             depth_estimator=depth_estimator,
             feature_extractor=feature_extractor,
         )
+
+    @classmethod
+    def input_channels(cls, latents: int) -> tuple[int, ...]:
+        """Latents and depth."""
+        return (latents + 1,)
 
     @recipe
     def __call__(
@@ -132,7 +136,7 @@ class StableDiffusionDepth2ImgPipeline(StableDiffusionBase):
         Raises:
             InputError: Latents without a depth map; no depth map and no estimator; a map of the wrong shape or not finite.
         """
-        latents = isinstance(image, Tensor) and image.shape[-3] == self.vae.config.latent_channels and image.ndim > 2
+        latents = isinstance(image, Tensor) and image.ndim > 2 and image.shape[-3] == self.latent_channels
         factor = 1 if latents else self.vae_scale_factor
         if depth_map is None:
             if latents:

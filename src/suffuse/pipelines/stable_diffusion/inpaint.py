@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from suffuse.diffusion.conditioning import Channels, Conditioner, per_branch
+from suffuse.diffusion.conditioning import Channels
 from suffuse.diffusion.hooks import KeepUnmasked
 from suffuse.diffusion.latents import Generators, encode_image, repeats
 from suffuse.diffusion.loop import Hook
@@ -31,7 +31,11 @@ class StableDiffusionInpaintPipeline(StableDiffusionBase):
 
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds", "mask", "masked_image_latents"]
     _scheduler_settings = {"steps_offset": 1, "skip_prk_steps": True}
-    _input_channels = (4, 9)
+
+    @classmethod
+    def input_channels(cls, latents: int) -> tuple[int, ...]:
+        """A plain UNet sees latents; one trained for inpainting the mask and the masked picture's latents too."""
+        return latents, 2 * latents + 1
 
     @cached_property
     def mask_processor(self) -> VaeImageProcessor:
@@ -84,9 +88,14 @@ class StableDiffusionInpaintPipeline(StableDiffusionBase):
         run.guidance = self.guidance_for(guidance_scale)
         height, width = self.default_size(height, width)
         crop = self.crop_region(image, mask_image, padding_mask_crop, height, width)
-        placing = {"height": height, "width": width, "crops_coords": crop, "resize_mode": "fill" if crop else "default"}
-        pictures = self.image_processor.preprocess(image, **placing).float()
-        painted = self.mask_processor.preprocess(mask_image, name="mask_image", **placing)
+        frame: dict[str, Any] = {
+            "height": height,
+            "width": width,
+            "crops_coords": crop,
+            "resize_mode": "fill" if crop else "default",
+        }
+        pictures = self.image_processor.preprocess(image, **frame).float()
+        painted = self.mask_processor.preprocess(mask_image, name="mask_image", **frame)
         check_aspects(image, mask_image)
         if strength == 0:
             return self.unchanged(pictures)
@@ -95,29 +104,29 @@ class StableDiffusionInpaintPipeline(StableDiffusionBase):
         way, steps = run.timesteps_for(run.set_timesteps(self.device), strength)
 
         # The generator is spent on the picture, the noise, the masked picture: in this order.
-        plain = self.unet.config.in_channels == 4
-        needed = plain or (strength < 1 and latents is None)
-        clean = self.repeated(batch, self.encode_pictures(pictures, dtype), "image") if needed else None
+        plain, from_picture = self.unet.config.in_channels == self.latent_channels, strength < 1 and latents is None
+        known = self.repeated(batch, self.encode_pictures(pictures, dtype), "image") if plain or from_picture else pictures
         noise = self.make_noise(self.latent_shape(batch, height, width), dtype)
-        if strength == 1 or latents is not None:
-            latents = noise * run.scheduler.init_noise_sigma
-        else:
-            latents = run.scheduler.add_noise(clean, noise, way[:1].repeat(batch))
+        start = way[:1].repeat(batch)
+        noisy = run.scheduler.add_noise(known, noise, start) if from_picture else noise * run.scheduler.init_noise_sigma
         mask, masked = self.encode_masked(pictures, painted, masked_image_latents, batch, dtype)
+        conditioning.share(mask=mask, masked_image_latents=masked)
 
-        branches = run.guidance.branches
-        conditioning.tensors |= {"mask": per_branch(mask, branches), "masked_image_latents": per_branch(masked, branches)}
-        hooks: list[Hook] = []
-        conditioners: list[Conditioner] = self.conditioners(conditioning)
+        conditioners, hooks = self.conditioners(conditioning), list[Hook]()
         if plain:
-            hooks.append(KeepUnmasked(run.scheduler, way, clean, noise, conditioning))
+            hooks.append(KeepUnmasked(run.scheduler, way, known, noise, conditioning))
         else:
             conditioners.append(Channels(["mask", "masked_image_latents"]))
-        latents = self.denoise(self.unet, conditioning, latents, way, steps, conditioners, hooks)
-        images, flagged = self.pictures(latents, dtype, **self.decoder_conditions(pictures, painted, batch, dtype))
-        if crop is not None:
-            images = [self.image_processor.apply_overlay(mask_image, image, one, crop) for one in images]
-        return self.output(images, flagged)
+        painting = self.denoise(self.unet, conditioning, noisy, way, steps, conditioners, hooks)
+        images, flagged = self.pictures(painting, dtype, **self.decoder_conditions(pictures, painted, batch, dtype))
+        return self.output(self.laid_back(images, crop), flagged)
+
+    def laid_back(self, images: Any, crop: tuple[int, int, int, int] | None) -> Any:
+        """Pictures with the crop that was painted laid back into the whole."""
+        if crop is None:
+            return images
+        whole, mask = self._run.arguments["image"], self._run.arguments["mask_image"]
+        return [self.image_processor.apply_overlay(mask, whole, image, crop) for image in images]
 
     def crop_region(
         self, image: Any, mask_image: Any, padding: int | None, height: int, width: int

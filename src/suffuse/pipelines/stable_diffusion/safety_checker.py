@@ -24,7 +24,7 @@ class StableDiffusionSafetyChecker(PreTrainedModel):
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__(config)
-        width = config.projection_dim
+        width: Any = config.projection_dim
         self.vision_model = CLIPVisionModel(config.vision_config)  # pyright: ignore[reportArgumentType]
         self.visual_projection = nn.Linear(config.vision_config.hidden_size, width, bias=False)  # pyright: ignore
         self.concept_embeds = nn.Parameter(torch.ones(17, width), requires_grad=False)
@@ -46,8 +46,9 @@ class StableDiffusionSafetyChecker(PreTrainedModel):
         """
         embeds = self.visual_projection(self.vision_model(clip_input)[1])
         special = self._excess(embeds, self.special_care_embeds, self.special_care_embeds_weights, 0.0)
-        margin = (special > 0).any(axis=1, keepdims=True) * SPECIAL_CARE_MARGIN
-        flagged = (self._excess(embeds, self.concept_embeds, self.concept_embeds_weights, margin) > 0).any(axis=1).tolist()
+        margin = (special > 0).any(axis=1, keepdims=True) * np.float32(SPECIAL_CARE_MARGIN)
+        excess = self._excess(embeds, self.concept_embeds, self.concept_embeds_weights, margin)
+        flagged = [bool(row.any()) for row in excess > 0]
         for index in np.flatnonzero(flagged):
             images[index] = images[index] * 0
         if any(flagged):

@@ -60,6 +60,6 @@ class StableDiffusionPipeline(StableDiffusionBase):
         dtype = conditioning.tensors["prompt_embeds"].dtype
         steps = run.set_timesteps(self.device)
         noise = self.make_noise(self.latent_shape(conditioning.batch, height, width), dtype)
-        latents = noise * run.scheduler.init_noise_sigma
-        latents = self.denoise(self.unet, conditioning, latents, run.scheduler.timesteps, steps, conditioners)
+        noisy = noise * run.scheduler.init_noise_sigma
+        latents = self.denoise(self.unet, conditioning, noisy, run.scheduler.timesteps, steps, conditioners)
         return self.finish(latents, dtype)
