@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor as Peer
-from PIL import Image
 from pictures import MASK, assert_same, floats, photo, processors, tensor
+from PIL import Image
 
 from suffuse.processing.image import RESAMPLING, VaeImageProcessor
 

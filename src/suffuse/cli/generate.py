@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import re
 import secrets
 import sys
@@ -101,7 +102,8 @@ def generate(
 
     for name in call.keys() & {"height", "width"}:
         check_size(f"--size: {name}", call[name])
-    pipe = _pipeline(model, TASKS[image is not None, mask is not None], dtype).to(device or _fastest(torch))
+    device = _device(torch, device)
+    pipe = _pipeline(model, TASKS[image is not None, mask is not None], dtype).to(device)
     if scheduler_class is not None:
         import suffuse
 
@@ -150,8 +152,16 @@ def _pipeline(folder: Path, task: str, dtype: str) -> Any:
         return pipe if kind.__name__ == task else getattr(suffuse, task).from_pipe(pipe)
 
 
-def _fastest(torch: Any) -> str:
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+def _device(torch: Any, device: str | None) -> str:
+    """The device asked for, or the fastest there is."""
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        found = str(error).split("\n")[0]
+        raise InputError(f"--device {device!r} cannot be used", found=found, expected="cpu, cuda, cuda:1, mps, …") from None
+    return device
 
 
 def _choice(option: str, given: str, known: Mapping[str, str]) -> str:
@@ -178,25 +188,21 @@ def _size(size: str | None, pictures: Mapping[str, Image.Image]) -> dict[str, in
     if "mask_image" not in pictures:
         return {}
     width, height = pictures["image"].size
-    turned = pictures["image"].getexif().get(ORIENTATION, 1) > 4
-    width, height = (height, width) if turned else (width, height)
     return {"width": width - width % 8, "height": height - height % 8}
 
 
-ORIENTATION = 0x0112
-"""The EXIF entry that says which way up a photograph is; above 4, it lies on its side."""
-
-
 def _opened(option: str, path: Path) -> Image.Image:
-    """The picture, not yet decoded."""
-    from PIL import Image, UnidentifiedImageError
+    """The picture, the right way up."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     if not path.is_file():
         raise InputError(f"{option}: no file {path}")
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            return Image.open(path)
+            picture = Image.open(io.BytesIO(path.read_bytes()))
+            ImageOps.exif_transpose(picture, in_place=True)
+            return picture
         except UnidentifiedImageError:
             raise InputError(f"{option}: {path} is no picture, or a damaged one", expected="PNG, JPEG, WebP, …") from None
         except (OSError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:

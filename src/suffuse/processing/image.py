@@ -371,8 +371,8 @@ def _size(image: Any) -> tuple[int, int]:
 
 
 def _is_stack(masks: Any) -> bool:
-    """Whether three dimensions are (batch, height, width): arrays whose last could be channels are one picture."""
-    return masks.ndim == 3 and not (isinstance(masks, np.ndarray) and masks.shape[-1] in (1, 3, 4))
+    """Whether three dimensions are (batch, height, width): an array whose last can only be channels is one picture."""
+    return masks.ndim == 3 and not (isinstance(masks, np.ndarray) and masks.shape[-1] <= 4)
 
 
 def _checked_box(box: Any, image: Image.Image, name: str) -> Box:

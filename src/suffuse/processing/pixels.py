@@ -6,6 +6,7 @@ width). What is no picture is refused with the reason, before it costs memory or
 
 from __future__ import annotations
 
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
@@ -71,11 +72,12 @@ def opened(image: Image.Image, name: str = "image") -> Image.Image:
     check_edges(image.height, image.width, name)
     try:
         image.load()
-        image = ImageOps.exif_transpose(image)
     except Exception as error:  # the decoders of Pillow raise whatever they stumble over
         raise InputError(
             f"{name} cannot be decoded: {error}", remedy="the file is damaged, cut short or closed; open it again"
         ) from error
+    with suppress(Exception):  # what EXIF says of the picture may be damaged when the picture is not
+        image = ImageOps.exif_transpose(image)
     wide = image.mode in ("I", "F") or image.mode.startswith("I;16")
     return _eight_bits(image, name) if wide else image
 

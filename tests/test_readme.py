@@ -1,0 +1,88 @@
+"""The README does what it says, word for word; links in the documents lead somewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+from random_checkpoints import ROOT, random_checkpoint
+from skimage import data
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the checkpoints and pictures the README names, which are small."""
+    monkeypatch.chdir(tmp_path)
+    Path("stable-diffusion-v1-5").symlink_to(random_checkpoint())
+    Path("stable-diffusion-2-depth").symlink_to(random_checkpoint(depth=True))
+    Path("examples").symlink_to(ROOT / "examples")
+    Image.fromarray(data.astronaut()[0:256, 96:352]).resize((128, 128)).save("photo.png")
+    mask = Image.new("L", (128, 128))
+    ImageDraw.Draw(mask).rectangle((32, 32, 80, 96), fill=255)
+    mask.save("mask.png")
+    return tmp_path
+
+
+def test_its_python_runs(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    namespace: dict[str, object] = {}
+    before = set(workplace.iterdir())
+    for number, block in enumerate(blocks("python"), start=1):
+        exec(compile(block, f"README.md, python block {number}", "exec"), namespace)
+    written = {path.name for path in set(workplace.iterdir()) - before}
+    assert written == set(re.findall(r'save\("(.+?)"\)', README))
+    for name in written:
+        with Image.open(name) as picture:
+            assert picture.size == (128, 128)
+    message = re.sub(r"\s+", " ", capsys.readouterr().out)
+    for told in re.findall(r"# (.+?) … (.+)", README)[0]:
+        assert told in message
+
+
+def test_its_first_command_runs(workplace: Path) -> None:
+    (command,) = re.findall(r"^<!-- run -->\n```bash\n(.*?)\n```$", README, re.MULTILINE | re.DOTALL)
+    install, rest = command.split(" && ", 1)
+    assert install == "pip install -c constraints.txt ."
+    here = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    result = subprocess.run(
+        ["bash", "-ec", rest], cwd=workplace, env={**os.environ, "PATH": here}, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    name = result.stdout.splitlines()[-1]
+    assert name.endswith(".png")
+    with Image.open(name) as picture:
+        assert picture.size == (128, 128)
+    assert "it/s" not in result.stderr.replace("Writing model shards", ""), "a bar where nobody sees it"
+
+
+def test_its_table_names_classes_that_are_there() -> None:
+    import suffuse
+
+    table = README.split("## What is here")[1].split("##")[0]
+    for name in re.findall(r"`(\w*(?:Pipeline|Model|KL|Tiny))`", table):
+        assert hasattr(suffuse, name)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(document: Path) -> None:
+    text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?:|mailto:", link):
+            continue
+        name, _, heading = link.partition("#")
+        target = document.parent / name if name else document
+        assert target.exists(), f"{link} leads nowhere"
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, link
