@@ -102,6 +102,12 @@ BAD: dict[str, tuple[str, dict, type[Exception], str]] = {
         InputError,
         "needs a PIL picture",
     ),
+    "a crop by a mask of another size": (
+        "inpaint",
+        {"padding_mask_crop": 4, "mask_image": mask(32, 32), "output_type": "pil"},
+        InputError,
+        r"\(32, 32\) and \(64, 64\)",
+    ),
     "a crop of nothing": (
         "inpaint",
         {"padding_mask_crop": 4, "mask_image": Image.new("L", (64, 64)), "output_type": "pil"},
@@ -111,6 +117,7 @@ BAD: dict[str, tuple[str, dict, type[Exception], str]] = {
     "a flat depth map": ("depth", {"depth_map": torch.ones(1, 8, 8)}, InputError, "depth_map is flat"),
     "a depth map with a hole": ("depth", {"depth_map": torch.full((1, 8, 8), math.nan)}, InputError, "no depth map"),
     "latents without a depth map": ("depth", {"image": torch.zeros(1, 4, 32, 32)}, InputError, "cannot be estimated"),
+    "latents of another shape for inpainting": ("inpaint", {"latents": torch.zeros(1, 4, 8, 8)}, InputError, r"\(1, 4, 32, 32\)"),
     "more pictures than prompts": ("image", {"image": [picture(), picture(seed=1)]}, InputError, "2 given for 1 pictures"),
 }
 

@@ -220,11 +220,15 @@ class StableDiffusionBase(DiffusionPipeline):
         rows, columns = (sample, sample) if isinstance(sample, int) else sample
         return rows * self.vae_scale_factor, columns * self.vae_scale_factor
 
+    def check_noise(self, shape: tuple[int, ...]) -> None:
+        """Raise `InputError` unless generators and latents of the call are for pictures of this shape."""
+        check_batch("generator", self._run.arguments["generator"], shape[0])
+        check_shape("latents", self._run.arguments.get("latents"), shape)
+
     def make_noise(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Standard normal noise from the generator of the call, or the latents that were passed for it."""
+        self.check_noise(shape)
         generator, latents = self._run.arguments["generator"], self._run.arguments.get("latents")
-        check_batch("generator", generator, shape[0])
-        check_shape("latents", latents, shape)
         if latents is not None:
             return latents.to(self.device)
         return randn_tensor(shape, generator=generator, device=self.device, dtype=dtype)

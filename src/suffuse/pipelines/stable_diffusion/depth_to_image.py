@@ -99,12 +99,12 @@ class StableDiffusionDepth2ImgPipeline(StableDiffusionBase):
         pictures = self.image_processor.preprocess(image)
         if strength == 0:
             return self.unchanged(pictures)
+        way, steps = run.timesteps_for(run.set_timesteps(self.device), strength)
         conditioning = self.encode()
         dtype = conditioning.tensors["prompt_embeds"].dtype
         depth = self.prepare_depth_map(image, depth_map, conditioning.batch, self.do_classifier_free_guidance, dtype, self.device)
         conditioning.tensors["depth_mask"] = depth
         conditioners = [*self.conditioners(conditioning), Channels(["depth_mask"])]
-        way, steps = run.timesteps_for(run.set_timesteps(self.device), strength)
         latents = self.noised(pictures, way[:1], conditioning.batch, dtype)
         latents = self.denoise(self.unet, conditioning, latents, way, steps, conditioners)
         return self.finish(latents, dtype)
@@ -136,7 +136,9 @@ class StableDiffusionDepth2ImgPipeline(StableDiffusionBase):
         Raises:
             InputError: Latents without a depth map; no depth map and no estimator; a map of the wrong shape or not finite.
         """
-        latents = isinstance(image, Tensor) and image.ndim > 2 and image.shape[-3] == self.latent_channels
+        latents = (
+            isinstance(image, Tensor) and image.is_floating_point() and image.ndim > 2 and image.shape[-3] == self.latent_channels
+        )
         factor = 1 if latents else self.vae_scale_factor
         if depth_map is None:
             if latents:

@@ -55,10 +55,10 @@ class StableDiffusionImg2ImgPipeline(StableDiffusionBase):
         pictures = self.image_processor.preprocess(image)
         if strength == 0:
             return self.unchanged(pictures)
+        way, steps = run.timesteps_for(run.set_timesteps(self.device), strength)
         conditioning = self.encode()
         conditioners = self.conditioners(conditioning)
         dtype = conditioning.tensors["prompt_embeds"].dtype
-        way, steps = run.timesteps_for(run.set_timesteps(self.device), strength)
         latents = self.noised(pictures, way[:1], conditioning.batch, dtype)
         latents = self.denoise(self.unet, conditioning, latents, way, steps, conditioners)
         return self.finish(latents, dtype)

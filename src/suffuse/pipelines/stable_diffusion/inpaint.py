@@ -24,6 +24,7 @@ from suffuse.models.autoencoder_asymmetric_kl import AsymmetricAutoencoderKL
 from suffuse.pipelines.arguments import recipe
 from suffuse.pipelines.stable_diffusion.base import StableDiffusionBase
 from suffuse.processing.image import ImageInput, VaeImageProcessor
+from suffuse.processing.pixels import opened
 
 
 class StableDiffusionInpaintPipeline(StableDiffusionBase):
@@ -87,6 +88,7 @@ class StableDiffusionInpaintPipeline(StableDiffusionBase):
         run = self._run
         run.guidance = self.guidance_for(guidance_scale)
         height, width = self.default_size(height, width)
+        check_aspects(image, mask_image)
         crop = self.crop_region(image, mask_image, padding_mask_crop, height, width)
         frame: dict[str, Any] = {
             "height": height,
@@ -96,17 +98,20 @@ class StableDiffusionInpaintPipeline(StableDiffusionBase):
         }
         pictures = self.image_processor.preprocess(image, **frame).float()
         painted = self.mask_processor.preprocess(mask_image, name="mask_image", **frame)
-        check_aspects(image, mask_image)
         if strength == 0:
             return self.unchanged(pictures)
+        way, steps = run.timesteps_for(run.set_timesteps(self.device), strength)
         conditioning = self.encode()
         batch, dtype = conditioning.batch, conditioning.tensors["prompt_embeds"].dtype
-        way, steps = run.timesteps_for(run.set_timesteps(self.device), strength)
+        shape = self.latent_shape(batch, height, width)
+        self.check_noise(shape)
+        for name, given in (("image", pictures), ("mask_image", painted)):
+            repeats(batch, given, name)
 
         # The generator is spent on the picture, the noise, the masked picture: in this order.
         plain, from_picture = self.unet.config.in_channels == self.latent_channels, strength < 1 and latents is None
         known = self.repeated(batch, self.encode_pictures(pictures, dtype), "image") if plain or from_picture else pictures
-        noise = self.make_noise(self.latent_shape(batch, height, width), dtype)
+        noise = self.make_noise(shape, dtype)
         start = way[:1].repeat(batch)
         noisy = run.scheduler.add_noise(known, noise, start) if from_picture else noise * run.scheduler.init_noise_sigma
         mask, masked = self.encode_masked(pictures, painted, masked_image_latents, batch, dtype)
@@ -139,6 +144,10 @@ class StableDiffusionInpaintPipeline(StableDiffusionBase):
                 raise InputError(f"padding_mask_crop needs a PIL picture for {name}", found=type(value).__name__)
         if self._run.arguments["output_type"] != "pil":
             raise InputError("padding_mask_crop needs output_type='pil'", found=self._run.arguments["output_type"])
+        if image.size != mask_image.size:
+            raise InputError(
+                "padding_mask_crop needs a mask_image of the size of image", found=f"{mask_image.size} and {image.size}"
+            )
         return self.mask_processor.get_crop_region(mask_image, width, height, pad=padding)
 
     def encode_masked(
@@ -172,8 +181,8 @@ def check_aspects(image: Any, mask_image: Any) -> None:
     """Raise `InputError` if picture and mask are of different aspect: the mask would lie beside what it means."""
     if not (isinstance(image, Image.Image) and isinstance(mask_image, Image.Image)):
         return
-    aspects = [one.width / one.height for one in (image, mask_image)]
-    if abs(aspects[0] / aspects[1] - 1) > 0.02:
+    image, mask_image = opened(image), opened(mask_image, "mask_image")
+    if abs(image.width * mask_image.height / (image.height * mask_image.width) - 1) > 0.02:
         raise InputError(
             "mask_image has another aspect than image",
             found=f"{mask_image.width} x {mask_image.height} and {image.width} x {image.height}",

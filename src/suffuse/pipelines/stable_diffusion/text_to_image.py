@@ -55,10 +55,10 @@ class StableDiffusionPipeline(StableDiffusionBase):
         height, width = self.default_size(height, width)
         run = self._run
         run.guidance = self.guidance_for(guidance_scale, guidance_rescale)
+        steps = run.set_timesteps(self.device)
         conditioning = self.encode()
         conditioners = self.conditioners(conditioning)
         dtype = conditioning.tensors["prompt_embeds"].dtype
-        steps = run.set_timesteps(self.device)
         noise = self.make_noise(self.latent_shape(conditioning.batch, height, width), dtype)
         noisy = noise * run.scheduler.init_noise_sigma
         latents = self.denoise(self.unet, conditioning, noisy, run.scheduler.timesteps, steps, conditioners)
