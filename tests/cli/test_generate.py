@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -217,7 +218,6 @@ def header_of_png(width: int, height: int) -> bytes:
         (["--device", "meta"], "--device 'meta' cannot be used"),
         (["--guidance", "nan"], "guidance_scale=nan is out of range"),
         (["-i", "photo.png", "--strength", "0.1", "--steps", "3"], "strength=0.1 leaves no step"),
-        (["-i", "cut.jpg"], "image cannot be decoded"),
         (["-i", "photo.png", "--mask", "wide.png"], "mask_image has another aspect than image"),
     ],
 )
@@ -225,8 +225,6 @@ def test_what_only_the_library_can_say(options: list[str], message: str) -> None
     photo = Image.effect_noise((64, 64), 50)
     photo.save("photo.png")
     photo.resize((64, 32)).save("wide.png")
-    photo.save("cut.jpg")
-    Path("cut.jpg").write_bytes(Path("cut.jpg").read_bytes()[:1000])
     before = left_behind()
     code, out, err = run("a red door", "--model", random_checkpoint(), *options)
     assert (code, out) == (1, "")
@@ -313,12 +311,14 @@ def test_a_terminal_sees_progress_and_ctrl_c_leaves_nothing(tmp_path: Path) -> N
     program = [sys.executable, "-c", "from suffuse.cli.main import app; app()", *arguments]
     with subprocess.Popen(program, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=theirs) as process:
         seen = b""
-        while b" 1/900 " not in seen and select.select([mine], [], [], 60)[0]:
+        while not re.search(rb" [1-9]\d*/900 ", seen) and select.select([mine], [], [], 60)[0]:
             seen += os.read(mine, 4096)
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=60)
-    seen += os.read(mine, 4096)
-    assert b" 1/900 " in seen
+    while select.select([mine], [], [], 0)[0]:
+        seen += os.read(mine, 4096)
+    assert b"/900 " in seen
+    assert b" 900/900 " not in seen
     assert b"Traceback" not in seen
     assert (process.returncode, out) == (130, b"")
     assert left_behind() == []
