@@ -1,6 +1,6 @@
 """Time to import a pipeline class, over the time to import torch: each in a fresh process, in turn.
 
-    python benchmarks/imports.py [--repeats 7]
+python benchmarks/imports.py [--repeats 7]
 """
 
 from __future__ import annotations

@@ -50,10 +50,7 @@ class Clock:
 
 def pipelines():
     sizes = {"block_out_channels": (32, 64), "layers_per_block": 1, "sample_size": 8, "cross_attention_dim": 32}
-    blocks = {
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    }
+    blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
     theirs = diffusers.UNet2DConditionModel(**sizes, **blocks).eval()
     ours = suffuse.UNet2DConditionModel(**sizes, **blocks).eval()
     ours.load_state_dict(theirs.state_dict())
@@ -66,9 +63,7 @@ def pipelines():
             norm_num_groups=8,
         )
         scheduler = library.DDIMScheduler(clip_sample=False, steps_offset=1)
-        pipe = library.StableDiffusionPipeline(
-            vae=vae, unet=unet, scheduler=scheduler, **rest, requires_safety_checker=False
-        )
+        pipe = library.StableDiffusionPipeline(vae=vae, unet=unet, scheduler=scheduler, **rest, requires_safety_checker=False)
         pipe.set_progress_bar_config(disable=True)
         yield library, pipe, Clock(unet)
 

@@ -168,7 +168,6 @@ def test_assigning_a_component_is_seen_in_the_configuration():
 
 
 def test_to_takes_what_the_peers_takes():
-    _, ours = pair("text")
     pipe = suffuse.StableDiffusionPipeline.from_pretrained(folder("text"))
     assert pipe.to("cpu") is pipe
     assert pipe.to(torch.bfloat16).dtype == torch.bfloat16
@@ -286,7 +285,7 @@ def test_a_unet_for_another_task_is_told_with_the_task():
 
 def test_missing_parts_are_named(copied):
     shutil.rmtree(copied / "vae")
-    with pytest.raises(MissingFileError, match="component 'vae'(.|\n)*unet"):
+    with pytest.raises(MissingFileError, match=r"component 'vae'(.|\n)*unet"):
         suffuse.DiffusionPipeline.from_pretrained(copied)
     edited(copied / "model_index.json", sequel=["diffusers", "UNet2DModel"])
     with pytest.warns(UserWarning, match="no use for these entries of model_index.json: sequel"):

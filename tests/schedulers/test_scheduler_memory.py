@@ -179,7 +179,8 @@ def test_a_predictor_of_the_callers_choice_is_not_touched_by_runs() -> None:
 @each_scheduler
 def test_gradients_flow_through_a_step(name: str) -> None:
     scheduler, _ = begun(name)
-    output, sample = torch.randn(1, 4, 4, 4, requires_grad=True), torch.randn(1, 4, 4, 4)
+    # Small, so that no scheduler clips what it believes the clean sample to be: a clipped value has no gradient.
+    output, sample = (0.01 * torch.randn(1, 4, 4, 4)).requires_grad_(), 0.01 * torch.randn(1, 4, 4, 4)
     timestep = scheduler.timesteps[0]
     scheduler.scale_model_input(sample, timestep)
     scheduler.step(output, timestep, sample).prev_sample.sum().backward()

@@ -60,12 +60,12 @@ def load_transformers_model(
     dtype = parse_dtype(torch_dtype, source) or torch.float32
     if written.get("quantization_config") or cls.can_generate():
         # These read further files of the folder on their own.
-        with _quiet():
+        with quiet():
             return cls.from_pretrained(folder, dtype=dtype, variant=variant, local_files_only=True).eval()
     # To widen is exact, so it may be done while reading. To narrow is left to transformers, which knows what it keeps wide.
     tensors = {name: torch.empty(stored.shape, dtype=_widened(stored.dtype, dtype)) for name, stored in source.tensors.items()}
     source.fill(tensors)
-    with _quiet():
+    with quiet():
         config = _config(cls, folder)
         try:
             model, info = cls.from_pretrained(
@@ -126,7 +126,7 @@ def _refuse_foreign_kernels(folder: Path, config: Any) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Generator[None]:
+def quiet() -> Generator[None]:
     """Without progress bars and tables: what matters in them is raised or warned about here."""
     from transformers.utils import logging
 

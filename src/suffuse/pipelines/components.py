@@ -105,7 +105,10 @@ def save_component(value: Any, folder: Path, safe_serialization: bool, variant: 
         case naming if naming is DIFFUSERS:
             value.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
         case naming if safe_serialization:
-            value.save_pretrained(folder, variant=variant)
+            from suffuse.checkpoints.transformers_models import quiet
+
+            with quiet():
+                value.save_pretrained(folder, variant=variant)
         case naming:  # transformers writes no pickles any more
             value.config.save_pretrained(folder)
             write_weights(value.state_dict(), folder, naming, PICKLE, variant)

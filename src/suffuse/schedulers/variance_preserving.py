@@ -35,8 +35,14 @@ class VariancePreservingScheduler(SchedulerMixin):
     def _spaced(self, count: int) -> Array:
         """`count` falling timesteps, int64, by the configured spacing."""
         config = self.config
-        spaced = spaced_timesteps(config["timestep_spacing"], count, config["num_train_timesteps"], config["steps_offset"])
-        return spaced.round().astype("int64")
+        total, offset = config["num_train_timesteps"], config["steps_offset"]
+        spaced = spaced_timesteps(config["timestep_spacing"], count, total, offset).round().astype("int64")
+        if spaced.max() >= total:
+            raise InputError(
+                f"num_inference_steps={count} begins past the last of {total} training timesteps with steps_offset={offset}",
+                remedy=f"use at most {total // 2} steps, or timestep_spacing='trailing'",
+            )
+        return spaced
 
     def _training_timestep(self, timestep: float | Tensor) -> int:
         t = int(self._number(timestep))
