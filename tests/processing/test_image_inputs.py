@@ -263,7 +263,7 @@ def test_gradients_pass():
         tensor(3, 16, 24),
         tensor(1, 4, 8, 8),
     ],
-    ids=lambda given: f"{type(given).__name__}{getattr(given, 'mode', getattr(given, 'shape', ''))}",
+    ids=lambda given: f"{type(given).__name__} {given.mode if isinstance(given, Image.Image) else tuple(given.shape)}",
 )
 def test_what_is_given_stays_as_it_is(processor, given):
     before = given.copy() if hasattr(given, "copy") else given.clone()

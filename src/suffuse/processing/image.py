@@ -81,7 +81,7 @@ class VaeImageProcessor(ConfigMixin):
 
     def preprocess(
         self,
-        image: ImageInput,
+        image: ImageInput | None,
         height: int | None = None,
         width: int | None = None,
         resize_mode: Literal["default", "fill", "crop"] = "default",
