@@ -9,25 +9,25 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import inspect
 import json
 import os
-import tempfile
 import types
 import typing
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 import numpy as np
 
-from suffuse.errors import ConfigError, MissingFileError, nearest
+from suffuse.errors import ConfigError, nearest
+from suffuse.files import read_json, write_text
+from suffuse.public_names import PUBLIC
 
 FORMAT_VERSION = "0.26.3"
 """The release of diffusers whose file layout is written; stands in `_diffusers_version`."""
-
-JSON_BYTES, JSON_DEPTH = 16 * 2**20, 64
 
 _Self = TypeVar("_Self", bound="ConfigMixin")
 _Init = TypeVar("_Init", bound=Callable[..., None])
@@ -92,6 +92,23 @@ class ConfigMixin:
         return []
 
     @classmethod
+    def compatible_names(cls) -> set[str]:
+        """Class names that a file may bear which this class reads."""
+        return {known.__name__ for known in (*cls.__mro__, *cls.compatible_classes())}
+
+    @classmethod
+    def check_class_name(cls, config: Mapping[str, Any], folder: str | os.PathLike[str]) -> None:
+        """Raise `ConfigError` if the configuration, read from `folder`, says that it is another class's."""
+        written = config.get("_class_name", cls.__name__)
+        if str(written) not in cls.compatible_names():
+            raise ConfigError(
+                f"{Path(folder) / cls.config_name} describes another class",
+                found=written,
+                expected=cls.__name__,
+                remedy="load it with the class it was written for, or give the right subfolder",
+            )
+
+    @classmethod
     def from_config(
         cls: type[_Self],
         config: Mapping[str, Any] | None = None,
@@ -138,8 +155,10 @@ class ConfigMixin:
         config = {k: v for k, v in config_dict.items() if k not in defaults and k != "_use_default_values"}
         values, known = {**config, **kwargs}, cls.parameters_of_init()
         given = {name: values[name] for name in known if name in values}
-        elsewhere = {name for other in cls.compatible_classes() for name in _init_parameters(other)}
-        unexpected = {k: v for k, v in config.items() if k not in known and not k.startswith("_") and k not in elsewhere}
+        unknown = {k: v for k, v in config.items() if k not in known and not k.startswith("_")}
+        others = [*cls.compatible_classes(), *_public_class(config.get("_class_name"))] if unknown else []
+        elsewhere = {name for other in others for name in _init_parameters(other)}
+        unexpected = {k: v for k, v in unknown.items() if k not in elsewhere}
         if unexpected:
             warnings.warn(
                 f"{cls.__name__} does not know these config entries and ignores them: {', '.join(sorted(unexpected))}",
@@ -226,12 +245,16 @@ def _fits(value: Any, declared: Any) -> bool:
     if declared is None or declared is type(None):
         return value is None
     if declared is float:
-        return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and not np.isnan(float(value))
+        return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and value == value  # NaN is not
     if declared is int:
         return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     kind = origin or declared
     if kind in (list, tuple):
-        return isinstance(value, (list, tuple)) and (not arguments or all(_fits(item, arguments[0]) for item in value))
+        if not isinstance(value, (list, tuple)):
+            return False
+        if kind is tuple and arguments and arguments[-1] is not Ellipsis:
+            return len(value) == len(arguments) and all(map(_fits, value, arguments))
+        return not arguments or all(_fits(item, arguments[0]) for item in value)
     return isinstance(value, kind) if isinstance(kind, type) else True
 
 
@@ -241,6 +264,11 @@ def _spelled(declared: Any) -> str:
         if isinstance(declared, type) and not typing.get_args(declared)
         else str(declared).replace("typing.", "")
     )
+
+
+def _public_class(name: Any) -> list[type]:
+    """The class a configuration was written by, if there is one of that name."""
+    return [getattr(importlib.import_module(PUBLIC[name]), name)] if isinstance(name, str) and name in PUBLIC else []
 
 
 @functools.cache
@@ -264,90 +292,3 @@ def _plain(value: Any) -> Any:
             return value.as_posix()
         case _:
             return value
-
-
-# ---------------------------------------------------------------- JSON files
-
-
-def read_json(path: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
-    """Read a JSON object, refusing what could not be one of ours.
-
-    Raises:
-        MissingFileError: The file is not there; the message lists what is.
-        ConfigError: Not UTF-8, not JSON, no object, a key twice, nested deeper than 64 levels, larger than `limit` bytes.
-    """
-    try:
-        if path.stat().st_size > limit:
-            raise ConfigError(f"{path} is too large for JSON", found=f"{path.stat().st_size} bytes", expected=f"at most {limit}")
-        if not path.is_file():
-            raise MissingFileError(f"{path} is not a regular file")
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        if isinstance(error, MissingFileError):
-            raise
-        there = sorted(p.name for p in path.parent.iterdir())[:20] if path.parent.is_dir() else None
-        raise MissingFileError(
-            f"no file {path}", found=there if there is not None else f"the folder {path.parent} does not exist either"
-        ) from None
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text", found=f"byte {error.start}: {error.reason}") from None
-    _check_depth(path, text)
-    try:
-        value = json.loads(text, object_pairs_hook=functools.partial(_without_duplicates, path))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds no JSON object", found=type(value).__name__, expected='an object: {"name": value, …}')
-    return value
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that `path` holds the old text or the new, whatever happens."""
-    descriptor, staged = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(staged, 0o666 & ~_umask())
-        os.replace(staged, path)
-    except BaseException:
-        Path(staged).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _without_duplicates(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ConfigError(f"{path}: a key stands twice", found=sorted({n for n in names if names.count(n) > 1}))
-    return made
-
-
-def _check_depth(path: Path, text: str) -> None:
-    depth = 0
-    for character in _outside_strings(text):
-        depth += (character in "[{") - (character in "]}")
-        if depth > JSON_DEPTH:
-            raise ConfigError(f"{path} is nested too deep", expected=f"at most {JSON_DEPTH} levels")
-
-
-def _outside_strings(text: str) -> Iterator[str]:
-    quoted = escaped = False
-    for character in text:
-        if escaped:
-            escaped = False
-        elif quoted and character == "\\":
-            escaped = True
-        elif character == '"':
-            quoted = not quoted
-        elif not quoted and character in "[]{}":
-            yield character

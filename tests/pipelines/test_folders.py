@@ -318,3 +318,16 @@ def test_switches_reach_the_models():
     assert difference(call(pipe, "text"), expected) == 0
     with pytest.raises(ImportError, match="xformers"):
         pipe.enable_xformers_memory_efficient_attention()
+
+
+def test_a_component_of_another_class_takes_what_fits_of_its_configuration():
+    # AutoencoderTiny has no `block_out_channels`, and UNet2DModel, which wrote them, has: nothing to warn of.
+    settings = suffuse.UNet2DModel(
+        block_out_channels=(32, 64), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2
+    )
+    written = {**settings.config, "_class_name": "UNet2DModel"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made, unused = suffuse.AutoencoderTiny.from_config(written, return_unused_kwargs=True)
+    assert made.config.in_channels == settings.config.in_channels
+    assert "block_out_channels" in unused

@@ -18,9 +18,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from suffuse.checkpoints.safetensors_file import Header, names_in, read_header
-from suffuse.configuration import read_json
+from suffuse.checkpoints.safetensors_file import Header, read_header
 from suffuse.errors import AmbiguousCheckpointError, ConfigError, InputError, MissingFileError, PathEscapeError
+from suffuse.files import names_in, read_json
 
 SAFETENSORS, PICKLE = ".safetensors", ".bin"
 

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from suffuse.checkpoints.layout import SAFETENSORS, WeightFiles
-from suffuse.checkpoints.safetensors_file import TensorEntry, open_regular, refuse_disguised
+from suffuse.checkpoints.safetensors_file import TensorEntry, refuse_disguised
 from suffuse.errors import CorruptFileError, NonFiniteError, UnsafePickleError
+from suffuse.files import open_regular
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16, "I32": torch.int32,

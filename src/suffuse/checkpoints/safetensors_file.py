@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from suffuse.errors import CorruptFileError, MissingFileError, SuffuseError, UnsafePickleError
+from suffuse.errors import CorruptFileError, SuffuseError, UnsafePickleError
+from suffuse.files import open_regular, repeated
 
 HEADER_LIMIT = 100_000_000
 """Largest header in bytes, as in the reference implementation."""
@@ -61,32 +61,6 @@ class Header:
     tensors: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
     size: int
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading, unless it is a pipe, a device or a folder, which could block for ever or never end.
-
-    Raises:
-        MissingFileError: There is no such file, or it is not a regular one.
-    """
-    try:
-        # Asked before opening: to open a pipe would wait for its other end.
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise MissingFileError(f"{path} is not a regular file", remedy="give a file, not a folder, pipe or device")
-        return open(path, "rb", buffering=0)
-    except FileNotFoundError as error:
-        if isinstance(error, MissingFileError):
-            raise
-        raise MissingFileError(f"no file {path}", found=names_in(path.parent)) from None
-
-
-def names_in(folder: Path, limit: int = 20) -> str:
-    """What a folder holds, in words for a message."""
-    if not folder.is_dir():
-        return f"the folder {folder} does not exist either"
-    names = sorted(entry.name for entry in folder.iterdir())
-    shown = ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-    return f"in {folder}: {shown or 'nothing'}"
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
@@ -135,15 +109,14 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise _damaged(path, "a name stands twice in the header", sorted({name for name in names if names.count(name) > 1}))
+            raise _damaged(path, "a name stands twice in the header", repeated(pairs))
         return made
 
     try:
         entries = json.loads(text.decode("utf-8"), object_pairs_hook=once)
     except UnicodeDecodeError as error:
         raise _damaged(path, "the header is not UTF-8", f"byte {error.start + 8}: {error.reason}") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or a number of thousands of digits
         raise _damaged(path, "the header is not JSON", error) from None
     except RecursionError:
         raise _damaged(path, "the header is not JSON", "nested too deep") from None

@@ -15,8 +15,8 @@ from torch import Tensor
 from suffuse.checkpoints.layout import SAFETENSORS, Naming, file_name, index_names, shard_name
 from suffuse.checkpoints.reading import DTYPES
 from suffuse.checkpoints.safetensors_file import BITS
-from suffuse.configuration import write_text
 from suffuse.errors import InputError, SaveError
+from suffuse.files import write_text
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

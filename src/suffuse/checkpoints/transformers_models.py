@@ -17,8 +17,8 @@ import torch
 from suffuse.checkpoints.layout import TRANSFORMERS, find_weights, local_folder
 from suffuse.checkpoints.reading import check_finite, open_source
 from suffuse.checkpoints.weights import first_names, matches, parse_dtype
-from suffuse.configuration import read_json
 from suffuse.errors import ConfigError, WeightsMismatchError
+from suffuse.files import read_json
 
 _ATTENTION = (None, "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 

@@ -16,7 +16,7 @@ from suffuse.checkpoints.layout import DIFFUSERS, PICKLE, SAFETENSORS, find_weig
 from suffuse.checkpoints.saving import write_weights
 from suffuse.checkpoints.weights import Tolerance, load_weights, parse_devices
 from suffuse.configuration import ConfigMixin
-from suffuse.errors import ConfigError, HubError, unknown_argument
+from suffuse.errors import HubError, unknown_argument
 from suffuse.layers.gradient_checkpointing import GradientCheckpointing
 
 
@@ -99,7 +99,7 @@ class ModelMixin(ConfigMixin, GradientCheckpointing):
                 raise unknown_argument(f"{cls.__name__}.from_pretrained", name, [*keywords, *cls.parameters_of_init()])
         folder = local_folder(pretrained_model_name_or_path, subfolder)
         stored = cls.load_config(folder)
-        _check_class(cls, folder, stored)
+        cls.check_class_name(stored, folder)
         model, report = load_weights(
             lambda: cls.from_config(stored, strict=strict, **config),
             find_weights(folder, DIFFUSERS, variant, use_safetensors),
@@ -178,12 +178,3 @@ class ModelMixin(ConfigMixin, GradientCheckpointing):
             for parameter in self.parameters()
             if (parameter.requires_grad or not only_trainable) and not (exclude_embeddings and id(parameter) in embeddings)
         )
-
-
-def _check_class(cls: type[ModelMixin], folder: Path, config: Mapping[str, Any]) -> None:
-    written = config.get("_class_name", cls.__name__)
-    if written not in {base.__name__ for base in cls.__mro__} | {other.__name__ for other in cls.compatible_classes()}:
-        raise ConfigError(
-            f"{folder / cls.config_name} describes another class", found=written, expected=cls.__name__,
-            remedy=f"use {written}.from_pretrained, or give the right subfolder",
-        )  # fmt: skip

@@ -25,13 +25,14 @@ from tqdm.auto import tqdm
 
 from suffuse.checkpoints.atomic import staged_folder
 from suffuse.checkpoints.layout import DIFFUSERS, component_variants, superseded
-from suffuse.configuration import ConfigMixin, read_json
+from suffuse.configuration import ConfigMixin
 from suffuse.diffusion.advance import GuidedStep, step_options
 from suffuse.diffusion.conditioning import Conditioner, Conditioning, Denoiser
 from suffuse.diffusion.guidance import ClassifierFreeGuidance, Guidance
 from suffuse.diffusion.hooks import CallbackOnStepEnd, EndWhen, OnWholeSteps, WatchNumbers
 from suffuse.diffusion.loop import Hook, Step, denoise
 from suffuse.errors import ConfigError, InputError, MissingFileError, nearest, unknown_argument
+from suffuse.files import read_json
 from suffuse.outputs import BaseOutput
 from suffuse.pipelines.components import component_class, component_entry, load_component, save_component, weights_naming
 from suffuse.processing.image import VaeImageProcessor
@@ -526,7 +527,7 @@ def _pipeline_class(folder: Path, index: dict[str, Any]) -> type[Any]:
 def _planned(pipeline: type[DiffusionPipeline], folder: Path, name: str, index: dict[str, Any]) -> type[Any] | None:
     """The class of a component the folder should hold, or None if it does without."""
     entry = index.get(name)
-    absent = entry is None or list(entry) == [None, None]
+    absent = entry in (None, [None, None])
     optional = name in pipeline._optional_components or pipeline.parameters_of_init()[name].default is None
     if absent and (optional or name in index):
         return None

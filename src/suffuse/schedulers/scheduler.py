@@ -309,6 +309,11 @@ class SchedulerMixin(ConfigMixin):
         return [getattr(importlib.import_module(PUBLIC[name]), name) for name in names]
 
     @classmethod
+    def compatible_names(cls) -> set[str]:
+        """Class names that a file may bear which this class reads: those of all its compatibles, known to suffuse or not."""
+        return {*super().compatible_names(), *cls._compatibles}
+
+    @classmethod
     def from_pretrained(
         cls: type[_Self],
         pretrained_model_name_or_path: str | os.PathLike[str],
@@ -334,6 +339,7 @@ class SchedulerMixin(ConfigMixin):
             if name not in known and not return_unused_kwargs:
                 raise unknown_argument(f"{cls.__name__}.from_pretrained", name, known)
         config = cls.load_config(pretrained_model_name_or_path, subfolder=subfolder)
+        cls.check_class_name(config, pretrained_model_name_or_path)
         return cls.from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:

@@ -1,0 +1,113 @@
+"""Files: opened only if they are files, read only if they are JSON, written whole or not at all."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import secrets
+import stat
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from suffuse.errors import ConfigError, MissingFileError
+
+JSON_BYTES, JSON_DEPTH = 16 * 2**20, 64
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading, unless it is a pipe, a device or a folder, which could block for ever or never end.
+
+    Raises:
+        MissingFileError: There is no such file, or it is not a regular one.
+    """
+    try:
+        # Asked before opening: to open a pipe would wait for its other end.
+        if stat.S_ISREG(os.stat(path).st_mode):
+            return open(path, "rb", buffering=0)
+    except PermissionError:
+        raise
+    except OSError as error:
+        raise MissingFileError(f"no file {path}: {error.strerror}", found=names_in(path.parent)) from None
+    raise MissingFileError(f"{path} is not a regular file", remedy="give a file, not a folder, pipe or device")
+
+
+def names_in(folder: Path, limit: int = 20) -> str:
+    """What a folder holds, in words for a message."""
+    if not folder.is_dir():
+        return f"the folder {folder} does not exist either"
+    names = sorted(entry.name for entry in folder.iterdir())
+    shown = ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return f"in {folder}: {shown or 'nothing'}"
+
+
+def read_json(path: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
+    """Read a JSON object, refusing what could not be one of ours.
+
+    Raises:
+        MissingFileError: The file is not there, or is none; the message lists what is.
+        ConfigError: Not UTF-8, not JSON, no object, a key twice, nested deeper than 64 levels, larger than `limit` bytes.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise ConfigError(f"{path} is too large for JSON", found=f"{size} bytes", expected=f"at most {limit}")
+        data = file.read(size)
+    try:
+        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=functools.partial(_without_duplicates, path))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text", found=f"byte {error.start}: {error.reason}") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
+    except RecursionError:
+        raise _too_deep(path) from None
+    except ConfigError:
+        raise
+    except ValueError as error:  # a number of thousands of digits
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds no JSON object", found=type(value).__name__, expected='an object: {"name": value, …}')
+    _check_depth(path, value)
+    return value
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that `path` holds the old text or the new, whatever happens."""
+    staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with open(staged, "x", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staged, path)
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
+
+
+def repeated(pairs: Iterable[tuple[str, Any]]) -> list[str]:
+    """The names that stand more than once among (name, value) pairs."""
+    return sorted(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+
+
+def _without_duplicates(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ConfigError(f"{path}: a key stands twice", found=repeated(pairs))
+    return made
+
+
+def _check_depth(path: Path, value: Any) -> None:
+    level = [value]
+    for _ in range(JSON_DEPTH):
+        inner = [item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer)]
+        level = [item for item in inner if isinstance(item, (dict, list))]
+        if not level:
+            return
+    raise _too_deep(path)
+
+
+def _too_deep(path: Path) -> ConfigError:
+    return ConfigError(f"{path} is nested too deep", expected=f"at most {JSON_DEPTH} levels")
