@@ -54,7 +54,7 @@ class ClassifierFreeGuidance:
         cond, uncond = predictions["cond"], predictions.get("uncond")
         if uncond is None:
             return cond
-        guided = uncond + self.scale * (cond - uncond)
+        guided = (cond - uncond).mul_(self.scale).add_(uncond)  # uncond + scale * (cond - uncond), in one tensor's memory
         return rescale_to(cond, guided, self.rescale) if self.rescale > 0 else guided
 
 

@@ -61,8 +61,16 @@ class CallbackOnStepEnd(SilentHook):
                 found=type(returned).__name__,
                 expected="None, or the dictionary of tensors it was given, with replacements",
             )
-        step.latents = returned.get("latents", step.latents)
-        self.conditioning.tensors.update((name, returned[name]) for name in returned.keys() & self.conditioning.tensors.keys())
+        replaced = {name: value for name, value in returned.items() if value is not visible.get(name)}
+        for name, value in replaced.items():
+            if name not in visible or not isinstance(value, Tensor):
+                raise InputError(
+                    f"callback_on_step_end returned something for {name!r} that replaces no tensor of the run",
+                    found=type(value).__name__,
+                    expected=f"a tensor for one of {', '.join(visible)}",
+                )
+        step.latents = replaced.pop("latents", step.latents)
+        self.conditioning.tensors |= replaced
 
 
 @dataclass
@@ -98,7 +106,7 @@ class EndWhen(SilentHook):
 
 @dataclass
 class WatchNumbers(SilentHook):
-    """Remember whether the latents were finite after each step, without waiting for the device until `check`.
+    """Remember after each step whether the latents are finite, without waiting for the device until `check`.
 
     A sum is finite when all its terms are, and one sum is the cheapest look at a tensor there is.
     """
@@ -109,12 +117,14 @@ class WatchNumbers(SilentHook):
         """Look at the latents."""
         self.sums.append(step.latents.sum(dtype=torch.float32))
 
-    def check(self, model: str, dtype: torch.dtype) -> None:
-        """Raise `NonFiniteError` with the first step that was not finite."""
-        finite = torch.stack(self.sums).isfinite().tolist() if self.sums else []
-        if not all(finite):
-            raise NonFiniteError(
-                f"the latents are not finite after step {finite.index(False) + 1} of {len(finite)}",
-                found=f"NaN or infinity; {model} computes in {dtype}",
-                remedy="load it with torch_dtype=torch.bfloat16 or torch.float32; a lower guidance_scale helps too",
-            )
+    def check(self, latents: Tensor, model: str) -> None:
+        """Raise `NonFiniteError` if these are not finite, with the first step after which they were not, if it was watched."""
+        if bool(latents.isfinite().all()):
+            return
+        finite = [bool(total.isfinite()) for total in self.sums]
+        where = f"after step {finite.index(False) + 1} of {len(finite)}" if False in finite else "after the last step"
+        raise NonFiniteError(
+            f"the latents are not finite {where}",
+            found=f"NaN or infinity; {model} computes in {latents.dtype}",
+            remedy="load it with torch_dtype=torch.bfloat16 or torch.float32; a lower guidance_scale helps too",
+        )

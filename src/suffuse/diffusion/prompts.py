@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from suffuse.errors import NonFiniteError
+from suffuse.errors import InputError, NonFiniteError
 
 _TOKENIZING = threading.Lock()
 """Tokenizers keep how to pad and cut in themselves: one call at a time, or threads cut each other's prompts."""
@@ -39,9 +39,17 @@ def encode_text(
         (len(texts), length, width), in the dtype of the text encoder.
 
     Raises:
+        InputError: `length` is more than the encoder has positions for.
         NonFiniteError: The encoder gave NaN or infinity even in float32.
     """
     length = length if length is not None else int(tokenizer.model_max_length)
+    positions = getattr(text_encoder.config, "max_position_embeddings", length)
+    if length > positions:
+        raise InputError(
+            f"the text encoder reads no text of {length} tokens",
+            expected=f"at most {positions} (max_position_embeddings)",
+            remedy="pass embeddings of this length for the negative prompts too",
+        )
     with _TOKENIZING:
         tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         counts = [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False).input_ids]

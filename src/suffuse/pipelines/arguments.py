@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from suffuse.errors import InputError, LimitError, nearest, unknown_argument
+from suffuse.errors import InputError, LimitError, UnknownArgumentError, nearest, unknown_argument
 from suffuse.processing.image import MAX_PIXELS, check_output_type
 
 _Call = TypeVar("_Call", bound=Callable[..., Any])
@@ -47,10 +47,17 @@ def number(low: float = -math.inf, high: float = math.inf) -> Check:
     def check(name: str, value: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
             raise InputError(f"{name} must be a number", found=_shown(value), expected=allowed)
-        if not low <= value <= high or not math.isfinite(value):
+        if not low <= value <= high or not _finite(value):
             raise InputError(f"{name}={value} is out of range", expected=allowed)
 
     return check
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond the largest float
+        return False
 
 
 def optional(check: Check) -> Check:
@@ -116,18 +123,22 @@ def generators(name: str, value: Any) -> None:
         )
 
 
-def floats(*, dimensions: int) -> Check:
-    """None, or a finite floating point tensor with so many dimensions."""
+def tensor(*, dimensions: int, kind: str = "floating point") -> Check:
+    """None, or a tensor with so many dimensions and finite values in memory: "floating point" numbers, or any "real" ones."""
 
     def check(name: str, value: Any) -> None:
         if value is None:
             return
         is_a(Tensor, spelled="a torch.Tensor")(name, value)
-        if value.ndim != dimensions or not value.is_floating_point() or not bool(torch.isfinite(value).all()):
+        stored = value.layout is torch.strided and not value.is_meta and value.numel() > 0
+        fitting = not value.is_complex() if kind == "real" else value.is_floating_point()
+        finite = stored and bool(torch.isfinite(value).all())
+        if value.ndim != dimensions or not fitting or not finite:
+            place = "" if finite else ", not finite" if stored else f", {value.layout} on {value.device}"
             raise InputError(
                 f"{name} has the wrong shape or values",
-                found=f"{tuple(value.shape)} of {value.dtype}" + ("" if value.isfinite().all() else ", not finite"),
-                expected=f"a finite floating point tensor with {dimensions} dimensions",
+                found=f"{tuple(value.shape)} of {value.dtype}{place}",
+                expected=f"finite {kind} numbers in memory, {dimensions} dimensions, none of them 0",
             )
 
     return check
@@ -137,6 +148,11 @@ def callback(name: str, value: Any) -> None:
     """None, or something that can be called."""
     if value is not None and not callable(value):
         raise InputError(f"{name} cannot be called", found=_shown(value), expected="a function, or None")
+
+
+def _listed(value: Any) -> Any:
+    """A tuple says what a list says."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _shown(value: Any) -> str:
@@ -157,16 +173,15 @@ class Argument:
 ARGUMENTS: dict[str, Argument] = {
     "prompt": Argument("What the picture should show: a text, or a list with one for each picture.", texts),
     "negative_prompt": Argument("What it should not show; a text, or one for each prompt. Used with guidance only.", texts),
-    "prompt_embeds": Argument("(batch, tokens, width): encoded prompts, instead of `prompt`.", floats(dimensions=3)),
-    "negative_prompt_embeds": Argument("(batch, tokens, width): encoded negative prompts.", floats(dimensions=3)),
+    "prompt_embeds": Argument("(batch, tokens, width): encoded prompts, instead of `prompt`.", tensor(dimensions=3)),
+    "negative_prompt_embeds": Argument("(batch, tokens, width): encoded negative prompts.", tensor(dimensions=3)),
     "image": Argument("The picture to start from: PIL, array in [0, 1] or uint8, tensor in [0, 1], or a list of one kind."),
     "mask_image": Argument("Where to paint: white is painted anew, black is kept. Of the aspect of `image`."),
     "masked_image_latents": Argument(
-        "(batch, 4, height / 8, width / 8): latents of the masked picture, if they were made before.", floats(dimensions=4)
+        "(batch, 4, height / 8, width / 8): latents of the masked picture, if they were made before.", tensor(dimensions=4)
     ),
     "depth_map": Argument(
-        "(batch, height, width): depth, in any range; estimated from `image` if None.",
-        optional(is_a(Tensor, spelled="a torch.Tensor")),
+        "(batch, height, width): depth, in any range; estimated from `image` if None.", tensor(dimensions=3, kind="real")
     ),
     "height": Argument("Rows of the picture, a multiple of 8; what the model was trained on, if None.", size),
     "width": Argument("Columns of the picture, likewise.", size),
@@ -178,12 +193,12 @@ ARGUMENTS: dict[str, Argument] = {
     "timesteps": Argument("The timesteps themselves, descending, instead of their number.", anything),
     "guidance_scale": Argument("How much to favour the prompt over the unconditional picture; 1 or less: not at all.", number()),
     "guidance_rescale": Argument("Bring guided predictions back to their natural contrast, in [0, 1].", number(0, 1)),
-    "num_images_per_prompt": Argument("Pictures for each prompt, at least 1.", whole(1)),
+    "num_images_per_prompt": Argument("Pictures for each prompt, 1 to 1024.", whole(1, 1024)),
     "eta": Argument("Noise added in each step, for schedulers that take it: 0 DDIM, 1 DDPM.", number(0, 1)),
     "generator": Argument(
         "The source of noise; the same seed gives the same picture. One, or a list of one a picture.", generators
     ),
-    "latents": Argument("(batch, channels, height / 8, width / 8): the noise to start from.", floats(dimensions=4)),
+    "latents": Argument("(batch, channels, height / 8, width / 8): the noise to start from.", tensor(dimensions=4)),
     "ip_adapter_image": Argument("A picture to take after, for pipelines with an IP-Adapter loaded."),
     "output_type": Argument('"pil", "np", "pt", or "latent".', lambda name, value: check_output_type(value)),
     "return_dict": Argument("Whether to return the output object or a plain tuple.", anything),
@@ -245,9 +260,8 @@ def check_callback_names(pipe: Any, arguments: Mapping[str, Any]) -> None:
             )
 
 
-def check_pixels(arguments: Mapping[str, Any]) -> None:
+def check_pixels(height: int, width: int) -> None:
     """Raise `LimitError` if the picture would be larger than any that is decoded."""
-    height, width = arguments.get("height") or 8, arguments.get("width") or 8
     if height * width > MAX_PIXELS:
         raise LimitError(f"height={height} x width={width} is too large", expected=f"at most {MAX_PIXELS} pixels")
 
@@ -284,14 +298,16 @@ def recipe(call: _Call) -> _Call:
         for name in kwargs:
             if name not in signature.parameters:
                 raise unknown_argument(type(self).__name__, name, names)
-        bound = signature.bind(self, *args, **kwargs)
+        try:
+            bound = signature.bind(self, *args, **kwargs)
+        except TypeError as error:
+            raise UnknownArgumentError(f"{type(self).__name__}(): {error}", expected=", ".join(names)) from None
         bound.apply_defaults()
-        for name in names:
-            ARGUMENTS[name].check(name, bound.arguments[name])
-        check_prompts(bound.arguments)
-        check_callback_names(self, bound.arguments)
-        check_pixels(bound.arguments)
-        arguments = {name: bound.arguments[name] for name in names}
+        arguments = {name: _listed(bound.arguments[name]) for name in names}
+        for name, value in arguments.items():
+            ARGUMENTS[name].check(name, value)
+        check_prompts(arguments)
+        check_callback_names(self, arguments)
         with self.running(arguments), torch.no_grad():
             return call(self, **arguments)
 

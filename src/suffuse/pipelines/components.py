@@ -7,15 +7,17 @@ called for its own sake.
 from __future__ import annotations
 
 import importlib
+import operator
 from pathlib import Path
 from typing import Any
 
 from suffuse.checkpoints.layout import DIFFUSERS, PICKLE, Naming
 from suffuse.checkpoints.layout import TRANSFORMERS as TRANSFORMERS_FILES
 from suffuse.checkpoints.saving import write_weights
+from suffuse.checkpoints.transformers_models import load_processor, load_transformers_model
 from suffuse.configuration import ConfigMixin
 from suffuse.errors import ConfigError, nearest
-from suffuse.public_names import PUBLIC
+from suffuse.public_names import PUBLIC, resolve
 
 TRANSFORMERS: dict[str, str] = {
     "CLIPTextModel": "CLIPTextModel",
@@ -34,10 +36,29 @@ TRANSFORMERS: dict[str, str] = {
 }
 """Class named in a checkpoint → class of transformers that reads it."""
 
+DIFFUSERS_CLASSES = tuple(
+    name
+    for name, module in PUBLIC.items()
+    if module.startswith(("suffuse.models.", "suffuse.schedulers.")) and not name.endswith("Mixin")
+)
+"""Classes of our own that may be components."""
+
 PIPELINE_MODULES: dict[tuple[str, str], str] = {
     ("stable_diffusion", "StableDiffusionSafetyChecker"): "suffuse.pipelines.stable_diffusion.safety_checker"
 }
 """[library, class] of models that belong to one pipeline family → module."""
+
+NEEDED: dict[str, tuple[str, ...]] = {
+    "scheduler": ("fork", "follow", "set_timesteps"),
+    "unet": ("config.in_channels", "forward"),
+    "vae": ("config.latent_channels", "config.scaling_factor", "decode"),
+    "text_encoder": ("config.hidden_size", "forward"),
+    "tokenizer": ("model_max_length", "__call__"),
+    "feature_extractor": ("model_input_names", "__call__"),
+    "safety_checker": ("forward",),
+    "depth_estimator": ("forward",),
+}
+"""Component → what pipelines ask of it, whatever its class."""
 
 
 def component_class(name: str, entry: Any) -> type[Any]:
@@ -49,18 +70,39 @@ def component_class(name: str, entry: Any) -> type[Any]:
     if not (isinstance(entry, (list, tuple)) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
         raise ConfigError(f"model_index.json: component {name!r} is malformed", found=entry, expected='["library", "class"]')
     library, class_name = entry
-    if library == "diffusers" and class_name in PUBLIC:
-        return getattr(importlib.import_module(PUBLIC[class_name]), class_name)
+    if library == "diffusers" and class_name in DIFFUSERS_CLASSES:
+        return resolve(class_name)
     if library == "transformers" and class_name in TRANSFORMERS:
         return getattr(importlib.import_module("transformers"), TRANSFORMERS[class_name])
     if (library, class_name) in PIPELINE_MODULES:
         return getattr(importlib.import_module(PIPELINE_MODULES[library, class_name]), class_name)
-    close = nearest(class_name, [*PUBLIC, *TRANSFORMERS, *(known for _, known in PIPELINE_MODULES)])
+    close = nearest(class_name, [*DIFFUSERS_CLASSES, *TRANSFORMERS, *(known for _, known in PIPELINE_MODULES)])
     raise ConfigError(
         f"model_index.json: component {name!r} names an unknown class",
         found=f"{class_name!r} of {library!r}",
         remedy=f"did you mean {close}?" if close else f"pass the component yourself: from_pretrained(…, {name}=…)",
     )
+
+
+def check_component(name: str, value: Any) -> None:
+    """Raise `ConfigError` unless `value` can be the component `name`, or is None."""
+    needed = NEEDED.get(name, ())
+    if value is None or (not isinstance(value, type) and all(_has(value, path) for path in needed)):
+        return
+    raise ConfigError(
+        f"the {name} of a pipeline cannot be this",
+        found=repr(value) if isinstance(value, type) else f"{type(value).__module__}.{type(value).__name__}",
+        expected=f"an object with {', '.join(needed)}" if needed else "an object, not a class",
+        remedy="pass a component of suffuse or transformers, as its from_pretrained makes it",
+    )
+
+
+def _has(value: Any, path: str) -> bool:
+    try:
+        operator.attrgetter(path)(value)
+    except AttributeError:
+        return False
+    return True
 
 
 def component_entry(value: Any) -> tuple[str | None, str | None]:
@@ -87,13 +129,13 @@ def weights_naming(kind: type[Any]) -> Naming | None:
 def load_component(kind: type[Any], folder: Path, **options: Any) -> Any:
     """Load one component from its folder; `torch_dtype`, `variant`, … are for those that hold weights."""
     match weights_naming(kind):
-        case None:
+        case None if kind.__module__.startswith("suffuse."):
             return kind.from_pretrained(folder)
+        case None:
+            return load_processor(kind, folder)
         case naming if naming is DIFFUSERS:
             return kind.from_pretrained(folder, **options)
         case _:
-            from suffuse.checkpoints.transformers_models import load_transformers_model
-
             return load_transformers_model(kind, folder, **options)
 
 

@@ -34,13 +34,19 @@ from suffuse.diffusion.loop import Hook, Step, denoise
 from suffuse.errors import ConfigError, InputError, MissingFileError, nearest, unknown_argument
 from suffuse.files import read_json
 from suffuse.outputs import BaseOutput
-from suffuse.pipelines.components import component_class, component_entry, load_component, save_component, weights_naming
+from suffuse.pipelines.components import (
+    check_component,
+    component_class,
+    component_entry,
+    load_component,
+    save_component,
+    weights_naming,
+)
 from suffuse.processing.image import VaeImageProcessor
+from suffuse.public_names import PUBLIC, resolve
 from suffuse.schedulers.scheduler import SchedulerMixin
 
 _Pipeline = TypeVar("_Pipeline", bound="DiffusionPipeline")
-
-LOADING = ("torch_dtype", "variant", "use_safetensors", "low_cpu_mem_usage")
 
 
 @dataclass
@@ -158,11 +164,13 @@ class DiffusionPipeline(ConfigMixin):
     def register_modules(self, **modules: Any) -> None:
         """Make components attributes of the pipeline, and entries of its configuration."""
         for name, module in modules.items():
+            check_component(name, module)
             self.register_to_config(**{name: component_entry(module)})
             object.__setattr__(self, name, module)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__ and name in self.component_names():
+            check_component(name, value)
             self.register_to_config(**{name: component_entry(value)})
         object.__setattr__(self, name, value)
 
@@ -433,14 +441,16 @@ class DiffusionPipeline(ConfigMixin):
             NonFiniteError: The latents became NaN or infinite; names the step.
         """
         run, numbers = self._run, WatchNumbers()
+        # Half precision overflows on the way, and the step is worth knowing; else one look at the end does.
+        watched = [numbers] if latents.dtype.itemsize < 4 else []
         scheduler, arguments = run.scheduler, run.arguments
         options = step_options(scheduler, eta=arguments["eta"], generator=arguments["generator"])
         advance = GuidedStep(Denoiser(model, scheduler, conditioning, conditioners), run.guidance, scheduler, options)
         run.num_timesteps = len(timesteps)
         with self.progress_bar(total=num_inference_steps) as bar:
-            walk = [EndWhen(lambda: run.interrupt), *hooks, numbers, *self.callbacks(run, conditioning, num_inference_steps, bar)]
-            latents = denoise(latents, timesteps, advance, walk)
-        numbers.check(type(model).__name__, latents.dtype)
+            told = self.callbacks(run, conditioning, num_inference_steps, bar)
+            latents = denoise(latents, timesteps, advance, [EndWhen(lambda: run.interrupt), *hooks, *watched, *told])
+        numbers.check(latents, type(model).__name__)
         return latents
 
     def callbacks(self, run: Run, conditioning: Conditioning, num_inference_steps: int, bar: Any) -> list[Hook]:
@@ -509,8 +519,6 @@ _OPTIONS = ("torch_dtype", "variant", "use_safetensors", "low_cpu_mem_usage", "o
 
 
 def _pipeline_class(folder: Path, index: dict[str, Any]) -> type[Any]:
-    from suffuse.public_names import PUBLIC
-
     name = index.get("_class_name")
     pipelines = [
         known for known, module in PUBLIC.items() if module.startswith("suffuse.pipelines") and known.endswith("Pipeline")
@@ -521,7 +529,7 @@ def _pipeline_class(folder: Path, index: dict[str, Any]) -> type[Any]:
             f"{folder / DiffusionPipeline.config_name}: no pipeline class {name!r}",
             remedy=f"did you mean {close}?" if close else "load it with the class it was made for",
         )
-    return component_class("_class_name", ["diffusers", name])
+    return resolve(name)
 
 
 def _planned(pipeline: type[DiffusionPipeline], folder: Path, name: str, index: dict[str, Any]) -> type[Any] | None:

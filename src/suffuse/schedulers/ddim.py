@@ -81,8 +81,7 @@ class DDIMScheduler(VariancePreservingScheduler):
             raise InputError("eta is not possible", found=eta, expected="0 (deterministic) to 1 (as much noise as DDPM)")
         memory, t = self.memory, self._training_timestep(timestep)
         gap = len(self) // memory.num_inference_steps
-        table = memory.derive(("table", gap, eta), self._factors, gap, eta)
-        signal, noise, signal_prev, direction, sigma = memory.derive((t, gap, eta), table[t].unbind)
+        signal, noise, signal_prev, direction, sigma = self._row_at(t, self._factors, gap, eta)
         kind = self.config["prediction_type"]
         x0, epsilon = X0[kind](sample, model_output, signal, noise), EPSILON[kind](sample, model_output, signal, noise)
         x0 = self._bounded(x0)

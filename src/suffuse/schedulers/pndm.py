@@ -149,11 +149,8 @@ class PNDMScheduler(VariancePreservingScheduler):
 
     def _transfer(self, sample: Tensor, departure: int, arrival: int, model_output: Tensor) -> Tensor:
         """Equation 11: carry `sample` from one timestep to another."""
-        memory, gap = self.memory, departure - arrival
-        table = memory.derive(("table", gap), self._factors, gap)
-        of_sample, difference, divisor, signal, noise = memory.derive(
-            (departure, gap), table[self._training_timestep(departure)].unbind
-        )
+        t = self._training_timestep(departure)
+        of_sample, difference, divisor, signal, noise = self._row_at(t, self._factors, departure - arrival)
         epsilon = EPSILON[self.config["prediction_type"]](sample, model_output, signal, noise)
         return of_sample * sample - difference * epsilon / divisor
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from suffuse.errors import InputError
 from suffuse.schedulers.noise_schedule import SPACINGS, Array, spaced_timesteps
 from suffuse.schedulers.prediction import X0, dynamic_threshold
-from suffuse.schedulers.scheduler import SchedulerMixin, per_sample
+from suffuse.schedulers.scheduler import SchedulerMixin, per_sample, rows
 
 
 class VariancePreservingScheduler(SchedulerMixin):
@@ -49,6 +52,20 @@ class VariancePreservingScheduler(SchedulerMixin):
         if not 0 <= t < len(self.alphas_cumprod):
             raise InputError(f"timestep {t} is outside of the training timesteps", expected=f"0 … {len(self.alphas_cumprod) - 1}")
         return t
+
+    def _row_at(self, t: int, table: Callable[..., Tensor], *arguments: Any) -> tuple[Tensor, ...]:
+        """The row of training timestep `t` in a table (training timesteps, columns) made from `arguments`.
+
+        Those of the run are cut out together: one by one, with the model at work in between, takes several times longer.
+        """
+        memory = self.memory
+        whole = memory.derive((table.__name__, *arguments), table, *arguments)
+        of_run = memory.derive(("run", table.__name__, *arguments), self._rows_of_run, whole)
+        return of_run[t] if t in of_run else whole[t].unbind()
+
+    def _rows_of_run(self, table: Tensor) -> dict[int, tuple[Tensor, ...]]:
+        chosen = [t for t in map(int, self.timesteps.tolist()) if 0 <= t < len(table)]
+        return dict(zip(chosen, rows(table[chosen].unbind(dim=1)), strict=True))
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         """`sample` as the model wants to see it, which is as it is."""

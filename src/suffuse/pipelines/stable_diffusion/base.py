@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from suffuse.configuration import check_type
 from suffuse.diffusion.advance import step_options
 from suffuse.diffusion.conditioning import Conditioner, Conditioning, Keywords, text
 from suffuse.diffusion.decoders import decode_latents
@@ -19,7 +21,7 @@ from suffuse.diffusion.prompts import encode_text, repeat_rows
 from suffuse.errors import ConfigError, InputError
 from suffuse.noise import randn_tensor
 from suffuse.outputs import BaseOutput
-from suffuse.pipelines.arguments import check_batch, check_shape
+from suffuse.pipelines.arguments import check_batch, check_pixels, check_shape
 from suffuse.pipelines.pipeline import DiffusionPipeline, Run
 from suffuse.processing.image import VaeImageProcessor
 
@@ -93,15 +95,16 @@ class StableDiffusionBase(DiffusionPipeline):
             feature_extractor=feature_extractor,
             image_encoder=image_encoder,
         )
+        check_type(type(self).__name__, "requires_safety_checker", requires_safety_checker, bool)
         self.register_to_config(requires_safety_checker=requires_safety_checker)
 
     def set_up(self, **components: Any) -> None:
         """Take the components: the scheduler as Stable Diffusion needs it, and the picture processor of the autoencoder."""
-        if components["scheduler"] is not None:
-            components["scheduler"] = corrected_scheduler(components["scheduler"], self._scheduler_settings)
+        self.register_modules(**components)
         check_sizes(components)
         check_channels(components, type(self))
-        self.register_modules(**components)
+        if self.scheduler is not None:
+            self.scheduler = corrected_scheduler(self.scheduler, self._scheduler_settings)
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, vae_latent_channels=self.latent_channels)
 
@@ -155,6 +158,7 @@ class StableDiffusionBase(DiffusionPipeline):
             negative_prompt_embeds = encode_text(
                 negatives, self.tokenizer, self.text_encoder, device, length=prompt_embeds.shape[1]
             )
+        check_shape("negative_prompt_embeds", negative_prompt_embeds, tuple(prompt_embeds.shape))
         return placed(prompt_embeds), placed(negative_prompt_embeds)
 
     def encode(self) -> Conditioning:
@@ -195,6 +199,7 @@ class StableDiffusionBase(DiffusionPipeline):
             raise InputError("ip_adapter_image is given and no IP-Adapter is loaded", remedy="leave it out")
         keywords: dict[str, Any] = {}
         if run.cross_attention_kwargs:
+            self.unet.check_cross_attention_kwargs(run.cross_attention_kwargs)
             keywords["cross_attention_kwargs"] = run.cross_attention_kwargs
         if self.unet.config.time_cond_proj_dim is not None:
             scale = torch.tensor(run.guidance.scale - 1).repeat(conditioning.batch)
@@ -213,12 +218,20 @@ class StableDiffusionBase(DiffusionPipeline):
         return batch, self.latent_channels, height // self.vae_scale_factor, width // self.vae_scale_factor
 
     def default_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """(height, width) asked for, or what the UNet was trained on if either is missing."""
-        if height and width:
-            return height, width
+        """(height, width) asked for; for what is missing, what the UNet was trained on.
+
+        Raises:
+            InputError: It is missing, and the UNet does not say.
+            LimitError: They are larger than any picture that is decoded.
+        """
         sample = self.unet.config.sample_size
-        rows, columns = (sample, sample) if isinstance(sample, int) else sample
-        return rows * self.vae_scale_factor, columns * self.vae_scale_factor
+        if sample is None and (height is None or width is None):
+            raise InputError("height or width is missing, and unet/config.json has no sample_size", remedy="pass both")
+        trained: Any = sample if isinstance(sample, (list, tuple)) else (sample, sample)
+        height = trained[0] * self.vae_scale_factor if height is None else height
+        width = trained[1] * self.vae_scale_factor if width is None else width
+        check_pixels(height, width)
+        return height, width
 
     def check_noise(self, shape: tuple[int, ...]) -> None:
         """Raise `InputError` unless generators and latents of the call are for pictures of this shape."""
@@ -230,7 +243,7 @@ class StableDiffusionBase(DiffusionPipeline):
         self.check_noise(shape)
         generator, latents = self._run.arguments["generator"], self._run.arguments.get("latents")
         if latents is not None:
-            return latents.to(self.device)
+            return latents.to(self.device, dtype)
         return randn_tensor(shape, generator=generator, device=self.device, dtype=dtype)
 
     def encode_pictures(self, image: Tensor, dtype: torch.dtype) -> Tensor:
@@ -370,9 +383,9 @@ def check_sizes(components: dict[str, Any]) -> None:
         )
     if unet is not None and vae is not None:
         _same("unet/config.json", "out_channels", unet.out_channels, "vae/config.json", "latent_channels", vae.latent_channels)
-    if vae is not None and not vae.scaling_factor > 0:
+    if vae is not None and not 0 < vae.scaling_factor < math.inf:
         raise ConfigError(
-            "vae/config.json: scaling_factor must be positive", found=vae.scaling_factor, expected="0.18215, usually"
+            "vae/config.json: scaling_factor must be positive and finite", found=vae.scaling_factor, expected="0.18215, usually"
         )
     tokenizer = components.get("tokenizer")
     if encoder is not None and tokenizer is not None and len(tokenizer) > encoder.vocab_size:
@@ -380,6 +393,13 @@ def check_sizes(components: dict[str, Any]) -> None:
             "the tokenizer has more tokens than text_encoder/config.json has vocab_size",
             found=f"{len(tokenizer)} and {encoder.vocab_size}",
             remedy="use the tokenizer that was saved with the text encoder",
+        )
+    positions = getattr(encoder, "max_position_embeddings", None)
+    if tokenizer is not None and positions is not None and tokenizer.model_max_length not in range(1, positions + 1):
+        raise ConfigError(
+            "tokenizer/tokenizer_config.json and text_encoder/config.json disagree",
+            found=f"model_max_length={tokenizer.model_max_length}, max_position_embeddings={positions}",
+            expected=f"a model_max_length of 1 to {positions}",
         )
 
 

@@ -134,7 +134,7 @@ class StableDiffusionDepth2ImgPipeline(StableDiffusionBase):
             device: Where it is wanted.
 
         Raises:
-            InputError: Latents without a depth map; no depth map and no estimator; a map of the wrong shape or not finite.
+            InputError: Latents without a depth map; no depth map and no estimator; a map that is flat or not finite.
         """
         latents = (
             isinstance(image, Tensor) and image.is_floating_point() and image.ndim > 2 and image.shape[-3] == self.latent_channels
@@ -146,10 +146,6 @@ class StableDiffusionDepth2ImgPipeline(StableDiffusionBase):
                     "image holds latents, whose depth cannot be estimated", remedy="pass depth_map=… with them, or a picture"
                 )
             depth_map = self.estimate_depth(image, device, dtype)
-        if depth_map.ndim != 3 or not bool(torch.isfinite(depth_map).all()):
-            raise InputError(
-                "depth_map is no depth map", found=tuple(depth_map.shape), expected="finite values (batch, height, width)"
-            )
         height, width = image.shape[-2:] if latents else self.image_processor.preprocess(image).shape[-2:]
         depth = F.interpolate(
             depth_map.to(device=device, dtype=dtype).unsqueeze(1),
@@ -158,8 +154,9 @@ class StableDiffusionDepth2ImgPipeline(StableDiffusionBase):
             align_corners=False,
         )
         low, high = depth.amin((1, 2, 3), keepdim=True), depth.amax((1, 2, 3), keepdim=True)
-        if bool((low == high).any()):
-            raise InputError("depth_map is flat", found=f"{low.flatten()[0].item():g} everywhere", expected="near and far")
+        if not bool((low < high).all()):  # false for NaN too
+            found = f"from {low.flatten()[0].item():g} to {high.flatten()[0].item():g}"
+            raise InputError("depth_map is flat, or not finite", found=found, expected="near and far")
         depth = (2.0 * (depth - low) / (high - low) - 1.0).to(dtype)
         depth = depth.repeat(repeats(batch_size, depth, "depth_map"), 1, 1, 1)
         return torch.cat([depth] * 2) if do_classifier_free_guidance else depth

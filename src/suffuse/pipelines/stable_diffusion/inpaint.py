@@ -21,10 +21,10 @@ from suffuse.diffusion.latents import Generators, encode_image, repeats
 from suffuse.diffusion.loop import Hook
 from suffuse.errors import InputError
 from suffuse.models.autoencoder_asymmetric_kl import AsymmetricAutoencoderKL
-from suffuse.pipelines.arguments import recipe
+from suffuse.pipelines.arguments import check_shape, recipe
 from suffuse.pipelines.stable_diffusion.base import StableDiffusionBase
 from suffuse.processing.image import ImageInput, VaeImageProcessor
-from suffuse.processing.pixels import opened
+from suffuse.processing.pixels import edges
 
 
 class StableDiffusionInpaintPipeline(StableDiffusionBase):
@@ -105,8 +105,11 @@ class StableDiffusionInpaintPipeline(StableDiffusionBase):
         batch, dtype = conditioning.batch, conditioning.tensors["prompt_embeds"].dtype
         shape = self.latent_shape(batch, height, width)
         self.check_noise(shape)
-        for name, given in (("image", pictures), ("mask_image", painted)):
-            repeats(batch, given, name)
+        for name, given in (("image", pictures), ("mask_image", painted), ("masked_image_latents", masked_image_latents)):
+            if given is not None:
+                repeats(batch, given, name)
+        self.check_latents(pictures, masked_image_latents, shape)
+        conditioners, hooks = self.conditioners(conditioning), list[Hook]()
 
         # The generator is spent on the picture, the noise, the masked picture: in this order.
         plain, from_picture = self.unet.config.in_channels == self.latent_channels, strength < 1 and latents is None
@@ -117,7 +120,6 @@ class StableDiffusionInpaintPipeline(StableDiffusionBase):
         mask, masked = self.encode_masked(pictures, painted, masked_image_latents, batch, dtype)
         conditioning.share(mask=mask, masked_image_latents=masked)
 
-        conditioners, hooks = self.conditioners(conditioning), list[Hook]()
         if plain:
             hooks.append(KeepUnmasked(run.scheduler, way, known, noise, conditioning))
         else:
@@ -132,6 +134,19 @@ class StableDiffusionInpaintPipeline(StableDiffusionBase):
             return images
         whole, mask = self._run.arguments["image"], self._run.arguments["mask_image"]
         return [self.image_processor.apply_overlay(mask, whole, image, crop) for image in images]
+
+    def check_latents(self, pictures: Tensor, masked_latents: Tensor | None, shape: tuple[int, ...]) -> None:
+        """Raise `InputError` unless latents that came as pictures, or of masked ones, are of the shape of a picture's."""
+        if masked_latents is not None:
+            check_shape("masked_image_latents", masked_latents, (len(masked_latents), *shape[1:]))
+        if pictures.shape[1] != self.latent_channels:
+            return
+        check_shape("image", pictures, (len(pictures), *shape[1:]))
+        if masked_latents is None:
+            raise InputError(
+                "image holds latents, of which no masked picture can be made",
+                remedy="pass masked_image_latents=… with them, or a picture",
+            )
 
     def crop_region(
         self, image: Any, mask_image: Any, padding: int | None, height: int, width: int
@@ -179,12 +194,10 @@ class StableDiffusionInpaintPipeline(StableDiffusionBase):
 
 def check_aspects(image: Any, mask_image: Any) -> None:
     """Raise `InputError` if picture and mask are of different aspect: the mask would lie beside what it means."""
-    if not (isinstance(image, Image.Image) and isinstance(mask_image, Image.Image)):
-        return
-    image, mask_image = opened(image), opened(mask_image, "mask_image")
-    if abs(image.width * mask_image.height / (image.height * mask_image.width) - 1) > 0.02:
+    (height, width), (mask_height, mask_width) = edges(image, "image"), edges(mask_image, "mask_image")
+    if abs(width * mask_height / (height * mask_width) - 1) > 0.02:
         raise InputError(
             "mask_image has another aspect than image",
-            found=f"{mask_image.width} x {mask_image.height} and {image.width} x {image.height}",
+            found=f"{mask_width} x {mask_height} and {width} x {height}",
             remedy="make the mask on the picture it belongs to",
         )
