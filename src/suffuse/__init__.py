@@ -5,11 +5,10 @@ Names are imported when first used, so `import suffuse` costs nothing; `suffuse.
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 from suffuse.errors import nearest
-from suffuse.public_names import PUBLIC
+from suffuse.public_names import PUBLIC, resolve
 from suffuse.version import __version__ as __version__
 
 
@@ -17,7 +16,7 @@ def __getattr__(name: str) -> Any:
     if name not in PUBLIC:
         close = nearest(name, PUBLIC) if not name.startswith("_") else ""
         raise AttributeError(f"module 'suffuse' has no attribute {name!r}" + (f"; did you mean {close}?" if close else ""))
-    value = globals()[name] = getattr(importlib.import_module(PUBLIC[name]), name)
+    value = globals()[name] = resolve(name)
     return value
 
 

@@ -23,7 +23,7 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 import numpy as np
 
 from suffuse.errors import ConfigError, nearest
-from suffuse.files import read_json, write_text
+from suffuse.files import local_folder, read_json, write_text
 from suffuse.public_names import PUBLIC
 
 FORMAT_VERSION = "0.26.3"
@@ -175,14 +175,14 @@ class ConfigMixin:
         """Read the configuration from a folder (or the file itself); `subfolder=` names a folder inside.
 
         Raises:
-            MissingFileError: There is no such file.
+            MissingFileError: There is no such folder or file.
+            PathEscapeError: `subfolder` leads out of the folder.
             ConfigError: It is not a JSON object.
         """
-        path = Path(pretrained_model_name_or_path)
-        subfolder = kwargs.pop("subfolder", None)
-        if not path.is_file():
-            path = path / (subfolder or "") / cls.config_name
-        config = read_json(path)
+        subfolder, path = kwargs.pop("subfolder", None), pretrained_model_name_or_path
+        if not isinstance(path, (str, os.PathLike)) or not os.path.isfile(path):  # pyright: ignore[reportUnnecessaryIsInstance]
+            path = local_folder(path, subfolder) / cls.config_name
+        config = read_json(Path(path))
         return (config, kwargs) if return_unused_kwargs else config
 
     def save_config(self, save_directory: str | os.PathLike[str]) -> None:

@@ -117,7 +117,7 @@ class BusyError(SuffuseError, RuntimeError):
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """The known names closest to `name`, quoted and joined for a message; empty if none is close."""
-    return ", ".join(repr(match) for match in difflib.get_close_matches(name, list(known), n=count, cutoff=0.5))
+    return ", ".join(repr(match) for match in difflib.get_close_matches(str(name), list(known), n=count, cutoff=0.5))
 
 
 def unknown_argument(function: str, name: str, known: Iterable[str]) -> UnknownArgumentError:

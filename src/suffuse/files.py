@@ -1,4 +1,4 @@
-"""Files: opened only if they are files, read only if they are JSON, written whole or not at all."""
+"""Files: found only where they may be, opened only if they are files, read only if they are JSON, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import secrets
 import stat
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
 
-from suffuse.errors import ConfigError, MissingFileError
+from suffuse.errors import ConfigError, InputError, MissingFileError, PathEscapeError
 
 JSON_BYTES, JSON_DEPTH = 16 * 2**20, 64
 
@@ -41,6 +41,39 @@ def names_in(folder: Path, limit: int = 20) -> str:
     names = sorted(entry.name for entry in folder.iterdir())
     shown = ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
     return f"in {folder}: {shown or 'nothing'}"
+
+
+def check_inside(folder: Path, name: str) -> None:
+    """Refuse a name that leads out of `folder` on any system, before anything is opened.
+
+    Raises:
+        PathEscapeError: It does.
+    """
+    windows = PureWindowsPath(name)
+    if not name or "\0" in name or windows.drive or windows.root or PurePosixPath(name).is_absolute() or ".." in windows.parts:
+        raise PathEscapeError(f"{folder}: a name leads out of the folder", found=name, expected="the name of a file inside it")
+
+
+def local_folder(name: str | os.PathLike[str], subfolder: str | None = None) -> Path:
+    """The folder that a name and a subfolder stand for.
+
+    Raises:
+        InputError: One of them is no path.
+        MissingFileError: There is no such folder.
+        PathEscapeError: `subfolder` leads out of it.
+    """
+    if not isinstance(name, (str, os.PathLike)) or not isinstance(subfolder, str | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError("a folder needs a path", found=(name, subfolder), expected="text or a Path; subfolder: text or None")
+    if not os.path.isdir(name):  # which says False, and raises nothing, where there can be no such name
+        what = "is a file, not a folder" if os.path.exists(name) else "is not a folder here"
+        raise MissingFileError(f"{str(name)[:200]!r} {what}", remedy="give the path of a folder that save_pretrained wrote")
+    folder = Path(name)
+    if not subfolder:
+        return folder
+    check_inside(folder, subfolder)
+    if not (folder / subfolder).is_dir():
+        raise MissingFileError(f"{folder} has no folder {subfolder!r}", found=names_in(folder))
+    return folder / subfolder
 
 
 def read_json(path: Path, limit: int = JSON_BYTES) -> dict[str, Any]:

@@ -6,6 +6,9 @@ classes up here as well, so a checkpoint can only ever name what stands in this 
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 MODULES: dict[str, tuple[str, ...]] = {
     "suffuse.configuration": ("ConfigMixin", "FrozenConfig", "register_to_config"),
     "suffuse.models.model": ("ModelMixin",),
@@ -25,6 +28,13 @@ MODULES: dict[str, tuple[str, ...]] = {
     "suffuse.schedulers.dpmsolver_multistep": ("DPMSolverMultistepScheduler",),
     "suffuse.schedulers.dpmsolver_singlestep": ("DPMSolverSinglestepScheduler",),
     "suffuse.schedulers.unipc_multistep": ("UniPCMultistepScheduler",),
+    "suffuse.schedulers.lcm": ("LCMScheduler",),
+    "suffuse.schedulers.deis_multistep": ("DEISMultistepScheduler",),
+    "suffuse.schedulers.k_dpm_2_discrete": ("KDPM2DiscreteScheduler",),
+    "suffuse.schedulers.k_dpm_2_ancestral_discrete": ("KDPM2AncestralDiscreteScheduler",),
+    "suffuse.schedulers.ipndm": ("IPNDMScheduler",),
+    "suffuse.schedulers.ddim_inverse": ("DDIMInverseScheduler",),
+    "suffuse.schedulers.unclip": ("UnCLIPScheduler",),
     "suffuse.pipelines.pipeline": ("DiffusionPipeline", "ImagePipelineOutput"),
     "suffuse.pipelines.stable_diffusion.text_to_image": ("StableDiffusionPipeline",),
     "suffuse.pipelines.stable_diffusion.image_to_image": ("StableDiffusionImg2ImgPipeline",),
@@ -34,3 +44,8 @@ MODULES: dict[str, tuple[str, ...]] = {
 
 PUBLIC: dict[str, str] = {name: module for module, names in MODULES.items() for name in names}
 """Public name → module that defines it."""
+
+
+def resolve(name: str) -> Any:
+    """What a public name stands for; its module is imported if it was not."""
+    return getattr(importlib.import_module(PUBLIC[name]), name)

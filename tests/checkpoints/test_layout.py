@@ -11,17 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from suffuse.checkpoints.layout import (
-    DIFFUSERS,
-    TRANSFORMERS,
-    check_inside,
-    component_variants,
-    find_weights,
-    local_folder,
-    superseded,
-    variants_in,
-)
+from suffuse.checkpoints.layout import DIFFUSERS, TRANSFORMERS, component_variants, find_weights, superseded, variants_in
 from suffuse.errors import AmbiguousCheckpointError, ConfigError, InputError, MissingFileError, PathEscapeError
+from suffuse.files import check_inside, local_folder
 
 STEM = "diffusion_pytorch_model"
 INDEXES = {

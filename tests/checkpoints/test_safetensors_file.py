@@ -43,6 +43,7 @@ DAMAGED = {
     ),
     "not UTF-8": (file_of(b'{"\xff":1}'), "not UTF-8"),
     "not JSON": (file_of(b"{,}    "), "not JSON"),
+    "a number of thousands of digits": (file_of(b'{"a":' + b"9" * 5000 + b"}"), "not JSON"),
     "nested": (file_of(b'{"a":' + b"[" * 100_000), "nested too deep"),
     "a list": (file_of(b"[1, 2, 3]"), "no JSON object"),
     "a shape that overflows": (file_of({"a": f32(0, 4, 2**40, 2**40)}, bytes(4)), "'a' does not fit its place"),

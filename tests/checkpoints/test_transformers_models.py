@@ -134,6 +134,17 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         load_transformers_model(cls, tmp_path)
 
 
+@pytest.mark.parametrize("prefix", ["", "text_model."])
+def test_whole_numbers_for_weights_are_refused(prefix: str, tmp_path: Path) -> None:
+    cls = saved("CLIPTextModel", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "final_layer_norm.weight"
+    tensors = {f"{prefix}{key.removeprefix('text_model.')}": tensor for key, tensor in tensors.items()}
+    save_file({**tensors, f"{prefix}{name}": tensors[f"{prefix}{name}"].long()}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsMismatchError, match=r"final_layer_norm.weight' holds whole numbers"):
+        load_transformers_model(cls, tmp_path)
+
+
 @pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation", "_attn_implementation_internal"])
 def test_a_configuration_cannot_name_code_to_fetch(key: str, tmp_path: Path) -> None:
     cls = saved("CLIPTextModel", tmp_path)
@@ -148,5 +159,5 @@ def test_a_configuration_that_transformers_refuses_is_named(tmp_path: Path) -> N
     cls = saved("CLIPTextModel", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": "wide"}))
-    with pytest.raises(ConfigError, match=r"config\.json: transformers makes no CLIPTextConfig of it"):
+    with pytest.raises(ConfigError, match=r"config\.json: transformers makes no CLIPTextModel of it"):
         load_transformers_model(cls, tmp_path)

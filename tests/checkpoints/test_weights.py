@@ -128,7 +128,7 @@ def test_floats_take_the_type_asked_for_and_the_rest_keeps_its_own(dtype: object
 
 @pytest.mark.parametrize("dtype", [torch.int64, "float99", "nn", 3])
 def test_a_type_that_is_no_float_is_refused(dtype: object, folder: Path) -> None:
-    with pytest.raises(InputError, match="torch_dtype is no floating type"):
+    with pytest.raises(InputError, match="torch_dtype is no floating point type"):
         Small.from_pretrained(folder, torch_dtype=dtype)
 
 
@@ -329,7 +329,7 @@ def test_mapping_on_request_loads_the_same_and_leaves_the_file_alone(dtype: torc
 
 
 def test_modules_are_built_without_storage_in_this_thread_only() -> None:
-    with unfilled():
+    with unfilled(100):
         module = Small(width=512)
     assert module.layers[0].to_q.weight.is_meta
     assert torch.equal(module.frequencies, torch.arange(4.0))
@@ -393,7 +393,7 @@ def test_saving_refuses_what_it_cannot_do(small: Small, tmp_path: Path) -> None:
     with pytest.raises(HubError, match="folders only"):
         small.save_pretrained(tmp_path / "small", push_to_hub=True)
     small.save_pretrained(tmp_path / "small", is_main_process=False)
-    with unfilled():
+    with unfilled(100):
         empty = Small()
     with pytest.raises(SaveError, match="cannot be saved"):
         empty.save_pretrained(tmp_path / "small")

@@ -236,7 +236,7 @@ def test_what_only_the_library_can_say(options: list[str], message: str) -> None
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        ("absent", [], "no folder absent"),
+        ("absent", [], "'absent' is not a folder here"),
         (".", [], "no file model_index.json"),
         ({"channels": 9}, [], "is an inpainting model\n  expected: --image and --mask"),
         ({"depth": True}, [], "is a depth-to-image model\n  expected: --image, and no --mask"),
@@ -252,7 +252,7 @@ def test_a_model_that_does_not_fit_the_task(model: object, options: list[str], m
 
 
 def test_errors_are_red() -> None:
-    assert run("x", "--model", "absent", color=True)[2].startswith("\x1b[31mno folder absent")
+    assert run("x", "--model", "absent", color=True)[2].startswith("\x1b[31m'absent' is not a folder here")
 
 
 @pytest.mark.parametrize(

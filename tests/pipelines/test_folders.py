@@ -13,7 +13,7 @@ import torch
 from tasks import TASKS, align, call, difference, folder, pair, set_scheduler
 
 import suffuse
-from suffuse.errors import ConfigError, InputError, MissingFileError, UnknownArgumentError
+from suffuse.errors import ConfigError, InputError, LimitError, MissingFileError, SaveError, SuffuseError, UnknownArgumentError
 
 
 @pytest.fixture(autouse=True)
@@ -180,8 +180,11 @@ def test_to_takes_what_the_peers_takes():
     assert pipe.to(torch.float16, silence_dtype_warnings=True).device == torch.device("cpu")
     with pytest.raises(InputError, match="no device 'gpu'"):
         pipe.to("gpu")
-    with pytest.raises(InputError, match="floating point"):
+    assert pipe.to(dtype="float32").dtype == torch.float32
+    with pytest.raises(InputError, match="no floating type"):
         pipe.to(torch.int8)
+    with pytest.raises(InputError, match="weights would be lost"):
+        pipe.to("meta")
 
 
 def test_no_safety_checker_is_told_once_and_can_be_meant():
@@ -248,10 +251,73 @@ BROKEN = {
     "a function of the system": ("model_index.json", {"unet": ["os", "system"]}, ConfigError, "unknown class"),
     "a dotted name": ("model_index.json", {"unet": ["subprocess.Popen", "x"]}, ConfigError, "unknown class"),
     "no pair": ("model_index.json", {"unet": "UNet2DConditionModel"}, ConfigError, "malformed"),
+    "a number for a pair": ("model_index.json", {"unet": 3}, ConfigError, "malformed"),
+    "a base class": ("model_index.json", {"scheduler": ["diffusers", "SchedulerMixin"]}, ConfigError, "unknown class"),
+    "a function of ours": ("model_index.json", {"unet": ["diffusers", "register_to_config"]}, ConfigError, "unknown class"),
+    "a pipeline for a model": (
+        "model_index.json",
+        {"unet": ["diffusers", "StableDiffusionPipeline"]},
+        ConfigError,
+        "unknown class",
+    ),
+    "a scheduler for a UNet": (
+        "model_index.json",
+        {"unet": ["diffusers", "DDIMScheduler"]},
+        MissingFileError,
+        "scheduler_config",
+    ),
+    "a tokenizer for a UNet": (
+        "model_index.json",
+        {"unet": ["transformers", "CLIPTokenizer"]},
+        MissingFileError,
+        "holds no CLIPTokenizer(.|\n)*vocab.json and merges.txt",
+    ),
+    "a picture processor for a tokenizer": (
+        "model_index.json",
+        {"tokenizer": ["transformers", "CLIPImageProcessor"]},
+        MissingFileError,
+        "preprocessor_config.json",
+    ),
+    "text for a truth": ("model_index.json", {"requires_safety_checker": "yes"}, ConfigError, "requires_safety_checker"),
+    "a million layers": ("unet/config.json", {"layers_per_block": 10**6}, LimitError, "layers_per_block is too large"),
+    "a thousand layers": ("unet/config.json", {"layers_per_block": 10**3}, LimitError, "far more than the files hold"),
+    "a million layers of text": (
+        "text_encoder/config.json",
+        {"num_hidden_layers": 10**6},
+        LimitError,
+        "more than the files hold",
+    ),
+    "text of 10^9 numbers": ("text_encoder/config.json", {"hidden_size": 10**9, "num_attention_heads": 1}, LimitError, "larger"),
+    "no layers of text": (
+        "text_encoder/config.json",
+        {"num_hidden_layers": 0},
+        ConfigError,
+        "num_hidden_layers must be at least 1",
+    ),
+    "an impossible dropout": ("unet/config.json", {"dropout": 5}, ConfigError, "no module can be built"),
+    "a sample of one edge": ("unet/config.json", {"sample_size": [32]}, ConfigError, r"tuple\[int, int\]"),
+    "infinite scaling": ("vae/config.json", {"scaling_factor": float("inf")}, ConfigError, "positive and finite"),
+    "another scheduler's class": (
+        "scheduler/scheduler_config.json",
+        {"_class_name": "UNet2DModel"},
+        ConfigError,
+        "another class",
+    ),
+    "no timesteps": ("scheduler/scheduler_config.json", {"num_train_timesteps": 0}, ConfigError, "no noise schedule"),
+    "10^12 timesteps": ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**12}, ConfigError, "no noise schedule"),
+    "betas below 0": ("scheduler/scheduler_config.json", {"beta_start": -1.0}, ConfigError, "no noise schedule"),
+    "trained betas above 1": ("scheduler/scheduler_config.json", {"trained_betas": [2.0]}, ConfigError, "trained_betas"),
+    "no trained betas": ("scheduler/scheduler_config.json", {"trained_betas": []}, ConfigError, "trained_betas"),
+    "a text longer than its encoder": (
+        "tokenizer/tokenizer_config.json",
+        {"model_max_length": 200},
+        ConfigError,
+        "model_max_length=200, max_position_embeddings=77",
+    ),
     "a required component that is null": ("model_index.json", {"unet": [None, None]}, None, ""),
-    "vae and unet of other widths": ("unet/config.json", {"out_channels": 8}, Exception, "."),
+    "vae and unet of other widths": ("unet/config.json", {"out_channels": 8}, SuffuseError, "."),
     "no scaling": ("vae/config.json", {"scaling_factor": 0.0}, ConfigError, "scaling_factor must be positive"),
-    "text of another width": ("unet/config.json", {"cross_attention_dim": 64}, Exception, "."),
+    "text of another width": ("unet/config.json", {"cross_attention_dim": 64}, SuffuseError, "."),
 }
 
 
@@ -264,7 +330,73 @@ def test_a_broken_folder_is_told(name, copied):
         return
     with pytest.raises(error, match=message) as raised:
         suffuse.DiffusionPipeline.from_pretrained(copied)
-    assert isinstance(raised.value, suffuse.errors.SuffuseError)
+    assert isinstance(raised.value, SuffuseError)
+
+
+TOKENIZER = {
+    "nothing": (None, MissingFileError, "holds no CLIPTokenizer"),
+    "no JSON": (b"hello", ConfigError, "tokenizer.json:1:1: not JSON"),
+    "a list": (b"[]", ConfigError, "holds no JSON object"),
+    "an object of something else": (b"{}", ConfigError, "transformers makes no CLIPTokenizer"),
+    "a thousand brackets": (b'{"a":' * 1000 + b"1" + b"}" * 1000, ConfigError, "nested too deep"),
+    "a key twice": (b'{"a": 1, "a": 2}', ConfigError, "a key stands twice"),
+    "not UTF-8": (b'{"\xff": 1}', ConfigError, "not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZER)
+def test_a_broken_tokenizer_is_told(name, copied):
+    data, error, message = TOKENIZER[name]
+    (copied / "tokenizer/tokenizer.json").unlink()
+    if data is not None:
+        (copied / "tokenizer/tokenizer.json").write_bytes(data)
+    with pytest.raises(error, match=message):
+        suffuse.DiffusionPipeline.from_pretrained(copied)
+
+
+def test_a_link_to_itself_is_no_file(copied):
+    (copied / "vae/config.json").unlink()
+    (copied / "vae/config.json").symlink_to(copied / "vae/config.json")
+    with pytest.raises(MissingFileError, match="Too many levels of symbolic links"):
+        suffuse.DiffusionPipeline.from_pretrained(copied)
+
+
+@pytest.mark.parametrize("path", [None, 3, ["a"], b"x", "a\0b", "x" * 5000, "", "http://x/y", "~/model"])
+@pytest.mark.parametrize("name", ["DiffusionPipeline", "UNet2DConditionModel", "DDIMScheduler"])
+def test_what_is_no_folder_is_told(name, path):
+    with pytest.raises((InputError, MissingFileError)):
+        getattr(suffuse, name).from_pretrained(path)
+
+
+def test_types_by_component_name_components(copied):
+    with pytest.raises(UnknownArgumentError, match="did you mean 'unet'"):
+        suffuse.DiffusionPipeline.from_pretrained(copied, torch_dtype={"unets": torch.bfloat16})
+
+
+@pytest.mark.parametrize("name", ["unet", "vae", "text_encoder"])
+def test_components_of_different_types_draw(name):
+    pipe = suffuse.StableDiffusionPipeline.from_pretrained(
+        folder("text"), torch_dtype={name: torch.bfloat16, "default": torch.float32}
+    )
+    pipe.set_progress_bar_config(disable=True)
+    assert call(pipe, "text").isfinite().all()
+
+
+def test_from_pipe_takes_pipelines():
+    with pytest.raises(InputError, match="needs a pipeline of suffuse"):
+        suffuse.StableDiffusionPipeline.from_pipe(pair("text")[0])
+
+
+def test_the_folder_that_a_process_works_in_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "here" / "inside").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "inside")
+    _, ours = pair("text")
+    for target in (".", "..", tmp_path / "here"):
+        with pytest.raises(SaveError, match="the folder this process works in"):
+            ours.save_pretrained(target)
+    with pytest.raises(SaveError, match="needs a name"):
+        ours.save_pretrained("")
+    ours.save_pretrained("model")
 
 
 def test_components_of_different_widths_are_told_with_both_files():

@@ -10,10 +10,13 @@ import torch
 from tasks import TASKS, call, difference, mask, pair, picture, set_scheduler
 
 from suffuse.public_names import PUBLIC
+from suffuse.schedulers.scheduler import KarrasDiffusionSchedulers
 
-SCHEDULERS = [name for name, module in PUBLIC.items() if module.startswith("suffuse.schedulers.") and name != "SchedulerMixin"]
+SCHEDULERS = [kind.name for kind in KarrasDiffusionSchedulers if kind.name in PUBLIC] + ["LCMScheduler"]
 PREDICTIONS = ["epsilon", "v_prediction", "sample"]
-TAKES_NO = {("PNDMScheduler", "sample"), ("EulerAncestralDiscreteScheduler", "sample")}
+TAKES_NO = {
+    (f"{name}Scheduler", "sample") for name in ("PNDM", "EulerAncestralDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete")
+}
 """Prediction types that the peer's scheduler has not."""
 
 
@@ -23,6 +26,7 @@ def quiet_peer():
         warnings.filterwarnings("ignore", module="diffusers.*")
         warnings.filterwarnings("ignore", message=".*CPU autocast.*")
         warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="__array_wrap__ must accept")
         yield
 
 

@@ -14,17 +14,21 @@ import torch
 
 import suffuse
 from suffuse.public_names import MODULES
+from suffuse.schedulers.scheduler import KarrasDiffusionSchedulers
 
 diffusers.utils.logging.set_verbosity_error()
 torch.set_num_threads(1)
 
-NAMES = [
+EVERY = [
     name
     for module, names in MODULES.items()
     for name in names
     if module.startswith("suffuse.schedulers.") and hasattr(diffusers, name) and name != "SchedulerMixin"
 ]
 """Every scheduler of the registry that the peer has."""
+
+NAMES = [name for name in EVERY if name in KarrasDiffusionSchedulers.__members__]
+"""Those that take each other's configurations."""
 
 OPTIONS: dict[str, list[Any]] = {
     "beta_schedule": ["linear", "scaled_linear", "squaredcos_cap_v2"],
@@ -58,6 +62,9 @@ OPTIONS: dict[str, list[Any]] = {
 }
 """Parameter of `__init__` → values to try; "sigmas" stands for the switches `use_*_sigmas`."""
 
+NO_SAMPLE = ("EulerAncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
+"""Schedulers whose `prediction_type` "sample" the peer lacks."""
+
 SWITCHES = {"lu": "use_lu_lambdas"}
 STEPS = [1, 2, 3, 10, 17]
 
@@ -76,6 +83,13 @@ def options_of(name: str) -> dict[str, list[Any]]:
     kinds = [kind for kind in OPTIONS["sigmas"] if kind and SWITCHES.get(kind, f"use_{kind}_sigmas") in known]
     if kinds:
         options["sigmas"] = [None, *kinds]
+    if name == "DEISMultistepScheduler":
+        del options["algorithm_type"], options["solver_type"]  # it has one of each, and reads the others as that
+    if name == "UnCLIPScheduler":
+        options |= {"beta_schedule": ["squaredcos_cap_v2"], "prediction_type": ["epsilon", "sample"]}
+        options["variance_type"] = ["fixed_small_log"]
+    if name == "DDIMInverseScheduler":
+        options["timestep_spacing"] = ["leading", "trailing"]
     if name == "DDPMScheduler":
         options["beta_schedule"] = [*options["beta_schedule"], "sigmoid", "laplace"]
     if name == "HeunDiscreteScheduler":
@@ -89,7 +103,7 @@ def options_of(name: str) -> dict[str, list[Any]]:
 
 def possible(name: str, config: dict[str, Any]) -> bool:
     """Whether the peer can run this configuration, and without NaN: the other cases have tests of their own."""
-    algorithm, kind = config.get("algorithm_type", ""), config["prediction_type"]
+    algorithm, kind = config.get("algorithm_type", ""), config.get("prediction_type")
     noise = algorithm in ("dpmsolver", "sde-dpmsolver") or config.get("predict_x0") is False
     steps, zero, ladder = config["steps"], config.get("final_sigmas_type") == "zero", config.get("sigmas")
     order, snr = config.get("solver_order", 1), config.get("rescale_betas_zero_snr")
@@ -101,10 +115,13 @@ def possible(name: str, config: dict[str, Any]) -> bool:
         single and ((noise and config.get("thresholding")) or steps < order),
         unipc and ((config["solver_type"] == "bh1" and zero) or (noise and (zero or config["thresholding"]))),
         unipc and not config["lower_order_final"] and order > 1 and (zero or ladder),
-        name in ("DDIMScheduler", "DDPMScheduler") and snr and kind == "epsilon",
+        name in ("DDIMScheduler", "DDPMScheduler", "LCMScheduler") and snr and kind == "epsilon",
+        name == "DDIMInverseScheduler" and kind == "sample" and config["set_alpha_to_one"],
+        name == "UnCLIPScheduler" and steps == 1,
         name == "PNDMScheduler" and (kind == "sample" or (not config["skip_prk_steps"] and steps < 4)),
-        name == "EulerAncestralDiscreteScheduler" and kind == "sample",
+        name in NO_SAMPLE and kind == "sample",
         noise and snr,
+        name == "KDPM2AncestralDiscreteScheduler" and (config["beta_schedule"] == "squaredcos_cap_v2" or config["trained_betas"]),
     ]
     return not any(refusals)
 
@@ -148,7 +165,7 @@ def run(scheduler: Any, steps: int | None = None, dtype: torch.dtype = torch.flo
     """The samples after every step of a run, and with `steps=None` one on the schedule that is set."""
     if steps is not None:
         scheduler.set_timesteps(steps)
-    if len(scheduler.timesteps) > 1 and scheduler.timesteps[0] == scheduler.timesteps[1]:
+    if (scheduler.timesteps == scheduler.timesteps[0]).sum() > 1 and hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # the peer takes the second of equal timesteps, and would run past the end
     sample = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0)).to(dtype) * scheduler.init_noise_sigma
     if "generator" in inspect.signature(scheduler.step).parameters:

@@ -110,11 +110,13 @@ def test_a_perfect_model_takes_noise_back_to_the_sample(name: str) -> None:
     for timestep in scheduler.timesteps:
         scheduler.scale_model_input(sample, timestep)
         memory = scheduler.memory
-        if hasattr(memory, "sigmas"):
+        if hasattr(memory, "midpoints") and memory.sample is not None:
+            alpha, sigma = 1.0, memory.midpoints[memory.step_index]
+        elif hasattr(memory, "sigmas"):
             sigma = memory.sigmas[memory.step_index or 0]
             alpha, sigma = (1.0, sigma) if name.endswith("DiscreteScheduler") else signal_and_noise(sigma)
         else:
             bar = scheduler.alphas_cumprod[timestep]
             alpha, sigma = bar**0.5, (1 - bar) ** 0.5
         sample = scheduler.step((sample - alpha * clean) / sigma, timestep, sample).prev_sample
-    torch.testing.assert_close(sample, clean, atol=0.05 if name != "PNDMScheduler" else 0.2, rtol=0)
+    torch.testing.assert_close(sample, clean, atol=0.2 if name in ("PNDMScheduler", "DEISMultistepScheduler") else 0.05, rtol=0)

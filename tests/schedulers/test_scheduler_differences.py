@@ -83,7 +83,7 @@ def test_a_run_whose_first_timesteps_round_to_the_same_begins_at_the_first() -> 
 
 
 def test_predictions_of_the_clean_sample_are_taken_everywhere() -> None:
-    """The peer's ancestral Euler and PNDM refuse `prediction_type="sample"`."""
+    """The peer's ancestral Euler, both KDPM2 and PNDM refuse `prediction_type="sample"`."""
     clean = torch.full((1, 4, 4, 4), 0.25)
     for name in NAMES:
         scheduler = getattr(suffuse, name)(prediction_type="sample")
@@ -93,6 +93,15 @@ def test_predictions_of_the_clean_sample_are_taken_everywhere() -> None:
             scheduler.scale_model_input(sample, timestep)
             sample = scheduler.step(clean, timestep, sample).prev_sample
         torch.testing.assert_close(sample, clean, atol=0.1, rtol=0)
+
+
+def test_ancestral_kdpm2_is_finite() -> None:
+    """The peer takes the root of a number that rounding has put below 0, and so the logarithm of NaN."""
+    config = {"beta_schedule": "squaredcos_cap_v2"}
+    theirs, ours = (quiet(library.KDPM2AncestralDiscreteScheduler, **config) for library in (diffusers, suffuse))
+    assert quiet(run, theirs, 10)[-1].isnan().all()
+    assert run(ours, 10)[-1].isfinite().all()
+    assert ours.timesteps.isfinite().all()
 
 
 def test_every_scheduler_knows_every_beta_schedule() -> None:

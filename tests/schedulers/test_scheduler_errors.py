@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from scheduler_oracle import NAMES
+from scheduler_oracle import EVERY, NAMES
 
 import suffuse
 from suffuse.errors import ConfigError, InputError, MissingFileError, MissingPackageError, UnknownArgumentError
 
-each_scheduler = pytest.mark.parametrize("name", NAMES)
+each_scheduler = pytest.mark.parametrize("name", EVERY)
 SAMPLE = torch.zeros(1, 4, 4, 4)
 
 
@@ -29,7 +29,7 @@ def test_impossible_numbers_of_steps(name: str, steps: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in NAMES if n.startswith(("DDIM", "PNDM", "DPMSolver", "UniPC"))]
+    "name", [n for n in EVERY if n.startswith(("DDIM", "PNDM", "DPMSolver", "UniPC", "LCM", "DEIS"))]
 )  # the others have the schedule of training to begin with
 def test_step_before_set_timesteps(name: str) -> None:
     with pytest.raises(InputError, match="call set_timesteps before step"):
@@ -51,6 +51,8 @@ def test_configuration_values_that_are_not_known(name: str, entry: str, value: A
 @each_scheduler
 def test_a_prediction_type_registered_later_is_checked_too(name: str) -> None:
     scheduler = getattr(suffuse, name)()
+    if "prediction_type" not in scheduler.config:
+        return
     scheduler.set_timesteps(5)
     scheduler.register_to_config(prediction_type="v_predicton")
     scheduler.scale_model_input(SAMPLE, scheduler.timesteps[0])
@@ -241,3 +243,32 @@ def test_files(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         euler = suffuse.EulerDiscreteScheduler.from_pretrained(tmp_path, subfolder="scheduler")
     assert euler.config.set_alpha_to_one is True
+
+
+def test_timesteps_that_no_consistency_model_was_distilled_on() -> None:
+    scheduler = suffuse.LCMScheduler()
+    with pytest.warns(UserWarning, match=r"not distilled on timesteps \[500\]"):
+        scheduler.set_timesteps(timesteps=[999, 500, 19])
+    with pytest.raises(InputError, match="more than the 25 timesteps to choose from"):
+        scheduler.set_timesteps(30, strength=0.5)
+    with pytest.raises(InputError, match="original_inference_steps is not possible"):
+        scheduler.set_timesteps(4, original_inference_steps=2000)
+    with pytest.raises(InputError, match="strength is not possible"):
+        scheduler.set_timesteps(4, strength=0.0)
+
+
+def test_unclip_goes_down() -> None:
+    scheduler = suffuse.UnCLIPScheduler()
+    with pytest.raises(InputError, match="num_inference_steps is not possible"):
+        scheduler.set_timesteps(1)
+    with pytest.raises(InputError, match="prev_timestep is not possible"):
+        scheduler.step(SAMPLE, 5, SAMPLE, prev_timestep=5)
+    with pytest.raises(InputError, match="twice the channels"):
+        suffuse.UnCLIPScheduler(variance_type="learned_range").step(SAMPLE, 5, SAMPLE)
+
+
+def test_deis_has_no_stochastic_kind() -> None:
+    with pytest.raises(ConfigError, match="algorithm_type has the wrong type"):
+        suffuse.DEISMultistepScheduler(algorithm_type="sde-dpmsolver++")
+    with pytest.raises(ConfigError, match="solver_order is not possible"):
+        suffuse.DEISMultistepScheduler(solver_order=4)

@@ -41,11 +41,14 @@ def staged_folder(
         SaveError: Writing failed; the old folder is as it was.
         BusyError: Another writer held the folder for longer than `PATIENCE` seconds.
     """
+    if not os.fspath(target):
+        raise SaveError("a folder to save to needs a name", found=target)
     target = Path(os.path.realpath(target))
     if target.exists() and not target.is_dir():
         raise SaveError(f"{target} is a file", expected="a folder, or a name that is free")
-    if os.path.ismount(target):
-        raise SaveError(f"{target} is a mount point and cannot be replaced", remedy="save to a folder inside it")
+    if os.path.ismount(target) or _inside(target):
+        what = "a mount point" if os.path.ismount(target) else "the folder this process works in"
+        raise SaveError(f"{target} is {what} and cannot be replaced", remedy="save to a folder inside it")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target):
@@ -67,6 +70,13 @@ def staged_folder(
         raise SaveError(
             f"{target} could not be written: {error}", remedy="nothing was replaced; the old files are whole"
         ) from error
+
+
+def _inside(folder: Path) -> bool:
+    """Whether this process works in the folder, or further inside: it would be left in one that has no name."""
+    with contextlib.suppress(FileNotFoundError):
+        return Path.cwd().is_relative_to(folder)
+    return False
 
 
 def _beside(target: Path, role: str) -> Path:

@@ -15,14 +15,13 @@ from suffuse.checkpoints.layout import (
     TRANSFORMERS,
     Naming,
     WeightFiles,
-    check_inside,
     find_weights,
     has_weights,
     variants_in,
 )
 from suffuse.checkpoints.safetensors_file import BITS, TensorEntry, read_header
 from suffuse.errors import ConfigError, MissingFileError
-from suffuse.files import names_in, read_json
+from suffuse.files import check_inside, names_in, read_json
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 TARGETS = {"float32": 4, "float16": 2, "bfloat16": 2}

@@ -11,16 +11,15 @@ and each of these as pickle, `.bin`. The models of transformers are called `mode
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
 from suffuse.checkpoints.safetensors_file import Header, read_header
-from suffuse.errors import AmbiguousCheckpointError, ConfigError, InputError, MissingFileError, PathEscapeError
-from suffuse.files import names_in, read_json
+from suffuse.errors import AmbiguousCheckpointError, ConfigError, InputError, MissingFileError
+from suffuse.files import check_inside, names_in, read_json
 
 SAFETENSORS, PICKLE = ".safetensors", ".bin"
 
@@ -92,6 +91,8 @@ def find_weights(
         ConfigError: The index is not one.
     """
     _check_variant(variant)
+    if use_safetensors not in (True, False, None):
+        raise InputError("use_safetensors has the wrong value", found=use_safetensors, expected="True, False or None")
     suffixes = {True: (SAFETENSORS,), False: (PICKLE,), None: (SAFETENSORS, PICKLE)}[use_safetensors]
     for suffix in suffixes:
         index, single = _candidates(folder, naming, suffix, variant)
@@ -159,36 +160,6 @@ def superseded(naming: Naming, variant: str | None) -> re.Pattern[str]:
         names += [rf"{stem}{dot}{shard}{end}", rf"{stem}{shard}{dot}{end}"]
         names += [re.escape(name) for name in index_names(naming.stem(suffix), suffix, variant)]
     return re.compile("|".join(names))
-
-
-def check_inside(folder: Path, name: str) -> None:
-    """Refuse a name that leads out of `folder` on any system, before anything is opened.
-
-    Raises:
-        PathEscapeError: It does.
-    """
-    windows = PureWindowsPath(name)
-    if not name or "\0" in name or windows.drive or windows.root or PurePosixPath(name).is_absolute() or ".." in windows.parts:
-        raise PathEscapeError(f"{folder}: a name leads out of the folder", found=name, expected="the name of a file inside it")
-
-
-def local_folder(name: str | os.PathLike[str], subfolder: str | None = None) -> Path:
-    """The folder that a name and a subfolder stand for.
-
-    Raises:
-        MissingFileError: There is no such folder.
-        PathEscapeError: `subfolder` leads out of it.
-    """
-    folder = Path(name)
-    if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "is not a folder here"
-        raise MissingFileError(f"{str(name)!r} {what}", remedy="give the path of a folder that save_pretrained wrote")
-    if not subfolder:
-        return folder
-    check_inside(folder, subfolder)
-    if not (folder / subfolder).is_dir():
-        raise MissingFileError(f"{folder} has no folder {subfolder!r}", found=names_in(folder))
-    return folder / subfolder
 
 
 def _candidates(folder: Path, naming: Naming, suffix: str, variant: str | None) -> tuple[Path | None, Path | None]:
@@ -259,7 +230,7 @@ def _nothing_there(folder: Path, naming: Naming, variant: str | None, suffixes: 
 
 
 def _check_variant(variant: str | None) -> None:
-    if variant is not None and not re.fullmatch(r"[\w-]+", variant):
+    if variant is not None and not re.fullmatch(r"[\w-]+", str(variant)):
         raise InputError("variant is no name", found=variant, expected='letters, digits, "_" and "-", "fp16" for example')
 
 

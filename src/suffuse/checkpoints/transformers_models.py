@@ -1,4 +1,4 @@
-"""Models of transformers: our reader brings the bytes, transformers knows where they belong.
+"""Models, tokenizers and picture processors of transformers: our reader brings the bytes, transformers knows where they belong.
 
 transformers renames tensors between releases, ties some and computes others; none of that is repeated here. It is given the
 tensors, in memory and of the right type already, and puts them in place without another copy.
@@ -7,6 +7,7 @@ tensors, in memory and of the right type already, and puts them in place without
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
@@ -14,11 +15,20 @@ from typing import Any
 
 import torch
 
-from suffuse.checkpoints.layout import TRANSFORMERS, find_weights, local_folder
-from suffuse.checkpoints.reading import check_finite, open_source
-from suffuse.checkpoints.weights import first_names, matches, parse_dtype
-from suffuse.errors import ConfigError, WeightsMismatchError
-from suffuse.files import read_json
+from suffuse.checkpoints.layout import TRANSFORMERS, find_weights
+from suffuse.checkpoints.reading import Stored, check_finite, open_source
+from suffuse.checkpoints.weights import first_names, matches, parse_dtype, unfilled
+from suffuse.errors import ConfigError, LimitError, MissingFileError, MissingPackageError, WeightsMismatchError
+from suffuse.files import local_folder, names_in, read_json
+
+TOKENIZER_BYTES = 64 * 2**20
+"""Vocabularies are larger than other JSON."""
+
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
+"""Configuration entries that transformers lets be 0 or less."""
+
+SMALL = 10**6
+"""So many more numbers than the weights hold do no harm; what is missing is then told by name."""
 
 _ATTENTION = (None, "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 
@@ -51,6 +61,8 @@ def load_transformers_model(
         NonFiniteError: A tensor holds NaN or infinity.
         CorruptFileError: A file is damaged.
         UnsafePickleError: A pickle asks for more than tensors.
+        LimitError: The configuration describes a much larger model than there are weights for.
+        MissingPackageError: The weights are quantized, and the package for that is not installed.
     """
     folder = local_folder(folder)
     written = read_json(folder / "config.json")
@@ -60,13 +72,16 @@ def load_transformers_model(
     dtype = parse_dtype(torch_dtype, source) or torch.float32
     if written.get("quantization_config") or cls.can_generate():
         # These read further files of the folder on their own.
-        with quiet():
-            return cls.from_pretrained(folder, dtype=dtype, variant=variant, local_files_only=True).eval()
+        try:
+            with quiet():
+                return cls.from_pretrained(folder, dtype=dtype, variant=variant, local_files_only=True).eval()
+        except ImportError as error:
+            raise MissingPackageError(f"{folder}: {error}") from error
+    config = _config(cls, folder, source.tensors)
     # To widen is exact, so it may be done while reading. To narrow is left to transformers, which knows what it keeps wide.
     tensors = {name: torch.empty(stored.shape, dtype=_widened(stored.dtype, dtype)) for name, stored in source.tensors.items()}
     source.fill(tensors)
     with quiet():
-        config = _config(cls, folder)
         try:
             model, info = cls.from_pretrained(
                 None, config=config, state_dict=tensors, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
@@ -74,7 +89,10 @@ def load_transformers_model(
         except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
             raise ConfigError(f"{folder / 'config.json'}: transformers makes no {cls.__name__} of it: {error}") from error
     _compare(cls, folder, info, allow_missing, strict)
+    whole = {name for name, stored in source.tensors.items() if not stored.dtype.is_floating_point}
     for name, parameter in model.named_parameters():
+        if any(f".{other}".endswith(f".{name}") for other in whole):  # early releases put a prefix before names
+            raise WeightsMismatchError(f"{folder}: tensor {name!r} holds whole numbers", expected=str(parameter.dtype))
         check_finite(folder, name, parameter)
     model.name_or_path = model.config._name_or_path = str(folder)
     return model.eval()
@@ -84,13 +102,55 @@ def _widened(stored: torch.dtype, dtype: torch.dtype) -> torch.dtype:
     return dtype if stored.is_floating_point and stored.itemsize < dtype.itemsize else stored
 
 
-def _config(cls: type[Any], folder: Path) -> Any:
+def load_processor(cls: type[Any], folder: Path) -> Any:
+    """A tokenizer or a picture processor of transformers.
+
+    Args:
+        cls: The class, `transformers.CLIPTokenizer` for example.
+        folder: The folder of its files.
+
+    Raises:
+        MissingFileError: No such folder, or the vocabulary or the settings are not in it: transformers would make up empty ones.
+        ConfigError: A file is not JSON, or not what transformers takes.
+    """
+    folder = local_folder(folder)
+    names = getattr(cls, "vocab_files_names", {"settings": "preprocessor_config.json"})
+    ways = [[name for key, name in names.items() if (key == "tokenizer_file") is whole] for whole in (True, False)]
+    if not any(way and all((folder / name).is_file() for name in way) for way in ways):
+        raise MissingFileError(
+            f"{folder} holds no {cls.__name__}",
+            found=names_in(folder),
+            expected=" or ".join(" and ".join(way) for way in ways if way),
+        )
+    for path in sorted(folder.glob("*.json")):
+        read_json(path, TOKENIZER_BYTES)
     try:
-        return cls.config_class.from_pretrained(folder, local_files_only=True)
+        with quiet():
+            return cls.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises whatever it stumbles over
+        raise ConfigError(f"{folder}: transformers makes no {cls.__name__} of it: {error}") from error
+
+
+def _config(cls: type[Any], folder: Path, stored: Mapping[str, Stored]) -> Any:
+    """The configuration, if a model as it says is of about the size of the weights; told without storage for one."""
+    try:
+        with quiet(), torch.device("meta"), unfilled(len(stored)):
+            config = cls.config_class.from_pretrained(folder, local_files_only=True)
+            wanted = sum(parameter.numel() for parameter in cls(config).parameters())
+    except LimitError as error:
+        raise LimitError(f"{folder / 'config.json'}: {error}") from None
     except Exception as error:  # the validation of transformers raises errors with no common base
-        raise ConfigError(
-            f"{folder / 'config.json'}: transformers makes no {cls.config_class.__name__} of it: {error}"
-        ) from error
+        raise ConfigError(f"{folder / 'config.json'}: transformers makes no {cls.__name__} of it: {error}") from error
+    for name, value in config.to_dict().items():
+        if name in SIZES and isinstance(value, int) and value < 1:
+            raise ConfigError(f"{folder / 'config.json'}: {name} must be at least 1", found=value)
+    there = sum(math.prod(tensor.shape) for tensor in stored.values())
+    if wanted > 2 * there + SMALL:
+        raise LimitError(
+            f"{folder / 'config.json'} describes a larger model than there are weights for",
+            found=f"{wanted} numbers, and {there} in the weights",
+        )
+    return config
 
 
 def _compare(cls: type[Any], folder: Path, info: Mapping[str, Any], allow_missing: Sequence[str], strict: bool) -> None:

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from suffuse.checkpoints.layout import WeightFiles
 from suffuse.checkpoints.reading import Source, Stored, open_source
-from suffuse.errors import InputError, LimitError, WeightsMismatchError
+from suffuse.errors import ConfigError, InputError, LimitError, SuffuseError, WeightsMismatchError
 
 SEED = 0
 """Seeds the initial values of tensors that were allowed to be missing."""
@@ -31,12 +31,26 @@ class unfilled(TorchFunctionMode):
     """Build modules whose parameters have shapes and no storage; buffers are computed as ever.
 
     Only `torch.empty` is diverted, which is what layers make their parameters of, and only in this thread.
+
+    Args:
+        stored: How many tensors the files hold. A configuration that asks for a million layers is stopped when there are many
+            more than that.
+
+    Raises:
+        LimitError: It was stopped.
     """
+
+    def __init__(self, stored: int) -> None:
+        super().__init__()
+        self.left = self.limit = 2 * stored + 200
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.empty and kwargs.get("device") is None:
             kwargs = {**kwargs, "device": "meta"}
+            self.left -= 1
+            if self.left < 0:
+                raise LimitError(f"the configuration asks for more than {self.limit} tensors, far more than the files hold")
         return func(*args, **kwargs)
 
 
@@ -147,15 +161,19 @@ def load_weights(
         NonFiniteError: A tensor holds NaN or infinity.
         CorruptFileError: A file is damaged.
         UnsafePickleError: A pickle asks for more than tensors.
-        LimitError: The configuration asks for sizes that no tensor can have.
+        ConfigError: No module can be built as the configuration says.
+        LimitError: The configuration asks for sizes that no tensor can have, or for many more tensors than there are.
         InputError: `dtype` is no floating type.
     """
     source = open_source(files)
-    with unfilled():
+    with unfilled(len(source.tensors)):
         try:
             module = build()
-        except (RuntimeError, MemoryError, OverflowError) as error:
-            raise LimitError(f"{files.paths[0].parent}: no module can be built as its configuration says: {error}") from error
+        except SuffuseError:
+            raise
+        except Exception as error:  # layers raise whatever they stumble over
+            kind = LimitError if isinstance(error, (RuntimeError, MemoryError, OverflowError)) else ConfigError
+            raise kind(f"{files.paths[0].parent}: no module can be built as its configuration says: {error}") from error
     wanted: dict[str, Tensor] = module.state_dict(keep_vars=True)
     names = _match(wanted, source.tensors)
     report = _compare(module, files, wanted, names, source, tolerance or Tolerance())
@@ -181,7 +199,9 @@ def parse_dtype(dtype: torch.dtype | str | None, source: Source | None = None) -
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise InputError(
-            "torch_dtype is no floating type", found=dtype, expected='torch.float16, "float16", …, "auto" or None for float32'
+            "torch_dtype is no floating point type",
+            found=dtype,
+            expected='torch.float16, "float16", …, "auto" or None for float32',
         )
     return found
 

@@ -22,10 +22,13 @@ from suffuse.version import __version__
 if TYPE_CHECKING:
     from PIL import Image
 
+OTHER_MODELS = {"SchedulerMixin", "IPNDMScheduler", "DDIMInverseScheduler", "UnCLIPScheduler"}
+"""Schedulers that cannot draw a picture from the checkpoints that this command takes."""
+
 SCHEDULERS = {
     re.sub(r"discrete|scheduler", "", name.lower()): name
     for name, module in PUBLIC.items()
-    if module.startswith("suffuse.schedulers.") and name != "SchedulerMixin"
+    if module.startswith("suffuse.schedulers.") and name not in OTHER_MODELS
 }
 """Short name → class: "euler" → EulerDiscreteScheduler."""
 

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from suffuse.checkpoints.atomic import staged_folder
-from suffuse.checkpoints.layout import DIFFUSERS, PICKLE, SAFETENSORS, find_weights, local_folder, superseded
+from suffuse.checkpoints.layout import DIFFUSERS, PICKLE, SAFETENSORS, find_weights, superseded
 from suffuse.checkpoints.saving import write_weights
 from suffuse.checkpoints.weights import Tolerance, load_weights, parse_devices
 from suffuse.configuration import ConfigMixin
 from suffuse.errors import HubError, unknown_argument
+from suffuse.files import local_folder
 from suffuse.layers.gradient_checkpointing import GradientCheckpointing
 
 

@@ -5,16 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from suffuse.errors import ConfigError
+from suffuse.errors import ConfigError, LimitError
 
 Value = TypeVar("Value")
 
+LARGEST = 100_000
+"""More channels, layers or rows of a sample than any model has."""
+
 
 def require_positive(owner: str, **values: Any) -> None:
-    """Raise `ConfigError` unless every number is at least one; lists are looked into, and `None` is no number."""
+    """Raise unless every number is at least 1, and at most `LARGEST`; lists are looked into, and `None` is no number.
+
+    Raises:
+        ConfigError: One is less than 1.
+        LimitError: One is larger than any model's; nothing was built.
+    """
     for name, value in values.items():
         if any(number < 1 for number in _numbers(value)):
             raise ConfigError(f"{owner}: {name} must be at least 1", found=value)
+        if any(number > LARGEST for number in _numbers(value)):
+            raise LimitError(f"{owner}: {name} is too large", found=value, expected=f"at most {LARGEST}")
 
 
 def require_length(owner: str, count: int, of: str, **values: Sequence[Any]) -> None:

@@ -461,22 +461,12 @@ class UNet2DConditionModel(AttentionServices, ModelMixin):
     ) -> Context:
         if isinstance(tokens, Tensor):
             self._check_tokens(sample, tokens)
-        objects, rest = None, {}
-        if options:
-            rest = {name: value for name, value in options.items() if name not in ("gligen", "scale")}
-            self._check_options(rest)
-            objects = self._ground(options.get("gligen"))
+        options = options or {}
+        self.check_cross_attention_kwargs(options)
+        boxes = options.get("gligen")
+        objects = None if boxes is None else self.position_net(**boxes)
+        rest = {name: value for name, value in options.items() if name not in ("gligen", "scale")}
         return Context(tokens, _bias(mask, sample.dtype), _bias(token_mask, sample.dtype), objects, rest)
-
-    def _ground(self, boxes: dict[str, Any] | None) -> Tensor | None:
-        if boxes is None:
-            return None
-        if self.config.attention_type == "default":
-            raise InputError(
-                "this UNet cannot be grounded in boxes: it has no gated attention",
-                remedy='leave "gligen" out of cross_attention_kwargs, or use a model with attention_type="gated"',
-            )
-        return self.position_net(**boxes)
 
     def _down(
         self, sample: Tensor, emb: Tensor, context: Context, residuals: Iterator[Tensor]
@@ -525,11 +515,21 @@ class UNet2DConditionModel(AttentionServices, ModelMixin):
                 expected=f"({sample.shape[0]}, tokens, {size})",
             )
 
-    def _check_options(self, options: dict[str, Any]) -> None:
-        layers = self.attention_layers().values() if options else ()
-        for name in options:
-            if not any(layer.takes(name) for layer in layers):
-                raise unknown_argument("cross_attention_kwargs: the attention processors", name, ["scale", "gligen"])
+    def check_cross_attention_kwargs(self, options: dict[str, Any]) -> None:
+        """Raise unless `forward` takes these `cross_attention_kwargs`.
+
+        Raises:
+            UnknownArgumentError: No attention layer has such a keyword.
+            InputError: Boxes, for a model without gated attention.
+        """
+        for name in options.keys() - {"gligen", "scale"}:
+            if not any(layer.takes(name) for layer in self.attention_layers().values()):
+                raise unknown_argument("cross_attention_kwargs", name, ["scale", "gligen"])
+        if options.get("gligen") is not None and self.config.attention_type == "default":
+            raise InputError(
+                "this UNet cannot be grounded in boxes: it has no gated attention",
+                remedy='leave "gligen" out of cross_attention_kwargs, or use a model with attention_type="gated"',
+            )
 
 
 def _added(skips: Sequence[Tensor | None], residuals: Sequence[Tensor]) -> list[Tensor | None]:

@@ -53,7 +53,7 @@ def number(low: float = -math.inf, high: float = math.inf) -> Check:
     return check
 
 
-def _finite(value: float) -> bool:
+def _finite(value: Any) -> bool:
     try:
         return math.isfinite(value)
     except OverflowError:  # a whole number beyond the largest float
@@ -222,6 +222,13 @@ ARGUMENTS: dict[str, Argument] = {
 # ---------------------------------------------------------------- what must fit together
 
 
+def check_components(pipe: Any, arguments: Mapping[str, Any]) -> None:
+    """Raise `InputError` if a component that this call needs is not there."""
+    for name in pipe.needed_components(arguments):
+        if getattr(pipe, name) is None:
+            raise InputError(f"this pipeline has no {name}, which this call needs", remedy=f"set pipe.{name}")
+
+
 def check_prompts(arguments: Mapping[str, Any]) -> None:
     """Raise `InputError` unless prompts and embeddings say one thing each, for the same number of pictures."""
     prompt, embeds = arguments["prompt"], arguments["prompt_embeds"]
@@ -306,6 +313,7 @@ def recipe(call: _Call) -> _Call:
         arguments = {name: _listed(bound.arguments[name]) for name in names}
         for name, value in arguments.items():
             ARGUMENTS[name].check(name, value)
+        check_components(self, arguments)
         check_prompts(arguments)
         check_callback_names(self, arguments)
         with self.running(arguments), torch.no_grad():

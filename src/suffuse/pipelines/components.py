@@ -50,7 +50,7 @@ PIPELINE_MODULES: dict[tuple[str, str], str] = {
 
 NEEDED: dict[str, tuple[str, ...]] = {
     "scheduler": ("fork", "follow", "set_timesteps"),
-    "unet": ("config.in_channels", "forward"),
+    "unet": ("config.in_channels", "time_proj", "forward"),
     "vae": ("config.latent_channels", "config.scaling_factor", "decode"),
     "text_encoder": ("config.hidden_size", "forward"),
     "tokenizer": ("model_max_length", "__call__"),

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from suffuse.checkpoints.atomic import staged_folder
 from suffuse.checkpoints.layout import DIFFUSERS, component_variants, superseded
+from suffuse.checkpoints.weights import parse_dtype
 from suffuse.configuration import ConfigMixin
 from suffuse.diffusion.advance import GuidedStep, step_options
 from suffuse.diffusion.conditioning import Conditioner, Conditioning, Denoiser
@@ -32,7 +33,7 @@ from suffuse.diffusion.guidance import ClassifierFreeGuidance, Guidance
 from suffuse.diffusion.hooks import CallbackOnStepEnd, EndWhen, OnWholeSteps, WatchNumbers
 from suffuse.diffusion.loop import Hook, Step, denoise
 from suffuse.errors import ConfigError, InputError, MissingFileError, nearest, unknown_argument
-from suffuse.files import read_json
+from suffuse.files import local_folder, read_json
 from suffuse.outputs import BaseOutput
 from suffuse.pipelines.components import (
     check_component,
@@ -183,6 +184,10 @@ class DiffusionPipeline(ConfigMixin):
             if parameter.default is inspect.Parameter.empty or parameter.default is None
         ]
 
+    def needed_components(self, arguments: dict[str, Any]) -> list[str]:
+        """Names of the components that a call with these arguments cannot do without."""
+        return [name for name in self.component_names() if name not in self._optional_components]
+
     @property
     def components(self) -> dict[str, Any]:
         """The components by name: `OtherPipeline(**pipe.components)` shares them."""
@@ -244,14 +249,15 @@ class DiffusionPipeline(ConfigMixin):
         try:
             target = torch.device(device) if device is not None else None
             torch.empty(0, device=target)
+            if target is not None and target.type == "meta":
+                raise ValueError("weights would be lost on 'meta'")
         except (RuntimeError, TypeError, AssertionError, ValueError) as error:
             raise InputError(
                 f"{type(self).__name__}.to: no device {device!r}",
                 found=str(error).split("\n")[0],
                 expected="'cpu', 'cuda', 'cuda:1', 'mps', …",
             ) from None
-        if dtype is not None and not dtype.is_floating_point:
-            raise InputError(f"{type(self).__name__}.to: models compute in floating point", found=dtype)
+        dtype = parse_dtype(dtype)
         on_cpu = (target or self.device).type == "cpu"
         if dtype == torch.float16 and on_cpu and not silence_dtype_warnings:
             warnings.warn("float16 on a CPU is slow and overflows early: use torch.bfloat16 or torch.float32", stacklevel=2)
@@ -293,9 +299,7 @@ class DiffusionPipeline(ConfigMixin):
             ConfigError: model_index.json is not as it should be.
             UnknownArgumentError: A keyword that is neither option nor component.
         """
-        folder = Path(pretrained_model_name_or_path)
-        if not folder.is_dir():
-            raise MissingFileError(f"no folder {folder}", remedy="pass the folder that holds model_index.json")
+        folder = local_folder(pretrained_model_name_or_path)
         index = read_json(folder / cls.config_name)
         target = cls if cls is not DiffusionPipeline else _pipeline_class(folder, index)
         parameters = target.parameters_of_init()
@@ -303,6 +307,9 @@ class DiffusionPipeline(ConfigMixin):
             if name not in parameters:
                 raise unknown_argument(f"{target.__name__}.from_pretrained", name, [*parameters, *_OPTIONS])
         names = target.component_names()
+        by_name = torch_dtype if isinstance(torch_dtype, dict) else {"default": torch_dtype}
+        for name in by_name.keys() - {*names, "default"}:
+            raise unknown_argument(f"{target.__name__}.from_pretrained: torch_dtype", name, ["default", *names])
         extra = [name for name in index if not name.startswith("_") and name not in parameters]
         if extra and strict:
             raise ConfigError(f"{folder / cls.config_name}: {target.__name__} has no {', '.join(extra)}", expected=names)
@@ -318,7 +325,6 @@ class DiffusionPipeline(ConfigMixin):
         information: dict[str, Any] = {}
         for name, kind in classes.items():
             options: dict[str, Any] = {"use_safetensors": use_safetensors, "strict": strict, "variant": variants.get(name)}
-            by_name = torch_dtype if isinstance(torch_dtype, dict) else {"default": torch_dtype}
             options["torch_dtype"] = by_name.get(name, by_name.get("default"))
             if namings.get(name) is DIFFUSERS and output_loading_info:
                 values[name], information[name] = load_component(kind, folder / name, output_loading_info=True, **options)
@@ -369,6 +375,8 @@ class DiffusionPipeline(ConfigMixin):
         Raises:
             ConfigError: A component this class needs is in neither.
         """
+        if not isinstance(pipeline, DiffusionPipeline):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(f"{cls.__name__}.from_pipe needs a pipeline of suffuse", found=type(pipeline))
         dtype = kwargs.pop("torch_dtype", None)
         parameters = cls.parameters_of_init()
         for name in kwargs:

@@ -50,6 +50,22 @@ def listed(image: Any, name: str) -> list[Any]:
     return items
 
 
+def edges(image: Any, name: str) -> tuple[int, int]:
+    """(height, width) of the first of the pictures, turned as its EXIF says.
+
+    Raises:
+        InputError: It is no picture, or one of a size that cannot be meant.
+    """
+    first = listed(image, name)[0]
+    if isinstance(first, Image.Image):
+        first = opened(first, name)
+        return first.height, first.width
+    channels_last = isinstance(first, np.ndarray) and (first.ndim == 4 or (first.ndim == 3 and first.shape[-1] <= 4))
+    height, width = first.shape[-3:-1] if channels_last else first.shape[-2:]
+    check_edges(height, width, name)
+    return height, width
+
+
 def check_edges(height: int, width: int, name: str) -> None:
     """Raise `InputError` unless a picture of this size can be meant."""
     if min(height, width) < 2 or height * width > MAX_PIXELS:

@@ -17,7 +17,7 @@ from suffuse.noise import randn_tensor
 from suffuse.schedulers.noise_schedule import BetaSchedule, TimestepSpacing, training_sigmas
 from suffuse.schedulers.prediction import PredictionType
 from suffuse.schedulers.scheduler import stepped
-from suffuse.schedulers.sigma_space import SigmaMemory, SigmaScheduler, levels
+from suffuse.schedulers.sigma_space import SigmaMemory, SigmaScheduler, ancestral, levels
 
 
 class EulerAncestralDiscreteScheduler(SigmaScheduler):
@@ -64,7 +64,5 @@ class EulerAncestralDiscreteScheduler(SigmaScheduler):
 def _ancestral(memory: SigmaMemory) -> tuple[Tensor, ...]:
     """sigma, the scales of a v-prediction, sigma_up, and sigma_down - sigma, of every step."""
     sigma, c_out, variance, _ = levels(memory)
-    sigma_next = memory.sigmas[1:]
-    up = (sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2) ** 0.5
-    down = (sigma_next**2 - up**2) ** 0.5
+    up, down = ancestral(sigma, memory.sigmas[1:])
     return sigma, c_out, variance, up, down - sigma

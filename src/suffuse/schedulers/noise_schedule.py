@@ -30,6 +30,8 @@ FinalSigma = Literal["zero", "sigma_min"]
 SMALLEST_ALPHA_BAR = 2.0**-24
 """Stands for zero at the noisiest timestep of a zero-terminal-SNR schedule, where sigma would be infinite."""
 
+MOST_TIMESTEPS = 10**6
+
 # ---------------------------------------------------------------- training: beta_t, t = 0 … T-1
 
 
@@ -82,11 +84,24 @@ BETAS = Choices(
 
 
 def training_betas(config: Mapping[str, Any]) -> Tensor:
-    """The `beta_t` that a scheduler's configuration describes, shape (T,)."""
+    """The `beta_t` that a scheduler's configuration describes, shape (T,).
+
+    Raises:
+        ConfigError: They are not all in [0, 1], or there are none, or too many.
+    """
+    first, last, steps = config["beta_start"], config["beta_end"], config["num_train_timesteps"]
+    if not (0 <= first <= 1 and 0 <= last <= 1 and 1 <= steps <= MOST_TIMESTEPS):
+        raise ConfigError(
+            "no noise schedule has these numbers",
+            found=f"beta_start={first}, beta_end={last}, num_train_timesteps={steps}",
+            expected=f"betas in [0, 1]; 1 to {MOST_TIMESTEPS} timesteps",
+        )
     if config["trained_betas"] is not None:
         betas = torch.tensor(config["trained_betas"], dtype=torch.float32)
     else:
-        betas = BETAS[config["beta_schedule"]](config["beta_start"], config["beta_end"], config["num_train_timesteps"])
+        betas = BETAS[config["beta_schedule"]](first, last, steps)
+    if not len(betas) or not bool(((betas >= 0) & (betas <= 1)).all()):  # false for NaN too
+        raise ConfigError("trained_betas are no noise schedule", found=config["trained_betas"], expected="numbers in [0, 1]")
     return zero_terminal_snr(betas) if config.get("rescale_betas_zero_snr") else betas
 
 
@@ -162,7 +177,10 @@ def checked_timesteps(timesteps: Any, train: int) -> Array:
     Raises:
         InputError: They are empty, do not fall, or lie outside of 0 … `train` - 1.
     """
-    values = np.array(timesteps.cpu().numpy() if isinstance(timesteps, Tensor) else timesteps, dtype=np.float64)
+    try:
+        values = np.array(timesteps.cpu().numpy() if isinstance(timesteps, Tensor) else timesteps, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise InputError("timesteps must be numbers", found=timesteps, expected=f"falling numbers in 0 … {train - 1}") from None
     fine = values.ndim == 1 and values.size and bool((np.diff(values) < 0).all()) and values[-1] >= 0 and values[0] < train
     if not fine:
         raise InputError("timesteps must be in descending order", found=timesteps, expected=f"falling numbers in 0 … {train - 1}")
@@ -259,14 +277,20 @@ def shifted(shares: Array, shift: float) -> Array:
     return shift * shares / (1 + (shift - 1) * shares)
 
 
-def timesteps_of(sigmas: Array, training: Array) -> Array:
-    """The fractional training timesteps at which the noise is `sigmas`, by interpolation in log sigma."""
+def timesteps_of(sigmas: Array, training: Array, precision: Any = np.float64) -> Array:
+    """The fractional training timesteps at which the noise is `sigmas`, by interpolation in log sigma.
+
+    Args:
+        sigmas: Any order.
+        training: Those of training, rising.
+        precision: Type to weigh timesteps in.
+    """
     log_training, log_sigmas = np.log(training), np.log(np.maximum(sigmas, 1e-10))
     # The last at or below, and not a binary search: a zero-terminal-SNR table may fall at its very end.
     below = np.cumsum(log_sigmas >= log_training[:, np.newaxis], axis=0).argmax(axis=0).clip(max=len(log_training) - 2)
     low, high = log_training[below], log_training[below + 1]
     share = np.clip((low - log_sigmas) / (low - high), 0, 1)
-    return (1 - share) * below + share * (below + 1)
+    return (1 - share) * below.astype(precision) + share * (below + 1).astype(precision)
 
 
 def sigmas_at(timesteps: Array, training: Array) -> Array:

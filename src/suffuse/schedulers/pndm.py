@@ -44,6 +44,7 @@ def _weighted(ets: list[Tensor], *weights: Tensor) -> Tensor:
 _3, _1, _23, _16, _5, _55, _59, _37, _9 = torch.tensor([3.0, -1, 23, -16, 5, 55, -59, 37, -9]).unbind()
 
 ADAMS_BASHFORTH: dict[int, Callable[[list[Tensor]], Tensor]] = {
+    1: lambda ets: ets[-1],
     2: lambda ets: _weighted(ets, _3, _1) / 2,
     3: lambda ets: _weighted(ets, _23, _16, _5) / 12,
     4: lambda ets: (1 / 24) * _weighted(ets, _55, _59, _37, _9),

@@ -11,7 +11,6 @@ Everything that `set_timesteps()` and `step()` change lives in one dataclass, `s
 from __future__ import annotations
 
 import copy
-import importlib
 import os
 import threading
 from collections.abc import Callable, Hashable
@@ -25,7 +24,7 @@ from torch import Tensor
 from suffuse.configuration import ConfigMixin
 from suffuse.errors import InputError, unknown_argument
 from suffuse.outputs import BaseOutput
-from suffuse.public_names import PUBLIC
+from suffuse.public_names import PUBLIC, resolve
 from suffuse.schedulers.noise_schedule import Array, training_betas
 
 _Value = TypeVar("_Value")
@@ -210,9 +209,9 @@ class SchedulerMixin(ConfigMixin):
 
     # ------------------------------------------------------------ tables
 
-    def _make_alphas(self) -> None:
+    def _make_alphas(self, betas: Tensor | None = None) -> None:
         """Make `betas`, `alphas` and `alphas_cumprod`, each of shape (num_train_timesteps,), from the configuration."""
-        self.betas = training_betas(self.config)
+        self.betas = training_betas(self.config) if betas is None else betas
         self.alphas = 1.0 - self.betas
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
 
@@ -306,7 +305,7 @@ class SchedulerMixin(ConfigMixin):
     def compatible_classes(cls) -> list[type[ConfigMixin]]:
         """The class itself, and those of its compatibles that suffuse has."""
         names = [name for name in dict.fromkeys([cls.__name__, *cls._compatibles]) if name in PUBLIC]
-        return [getattr(importlib.import_module(PUBLIC[name]), name) for name in names]
+        return [resolve(name) for name in names]
 
     @classmethod
     def compatible_names(cls) -> set[str]:

@@ -157,3 +157,10 @@ def levels(memory: SigmaMemory) -> tuple[Tensor, ...]:
     """sigma, the scales of a v-prediction, and the way to the next sigma, of every step."""
     sigma = memory.sigmas[:-1]
     return sigma, *exploded_scales(sigma), memory.sigmas[1:] - sigma
+
+
+def ancestral(sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor]:
+    """(sigma_up, sigma_down): the noise to add after a step, and where the step must go for the sum to be `sigma_next`."""
+    up = (sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2) ** 0.5
+    down = (sigma_next**2 - up**2) ** 0.5
+    return up, torch.where(down.isnan(), sigma_next**2 / sigma, down)  # the same number, where rounding went below 0

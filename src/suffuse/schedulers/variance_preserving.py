@@ -74,7 +74,7 @@ class VariancePreservingScheduler(SchedulerMixin):
     def _bounded(self, x0: Tensor) -> Tensor:
         """`x0` thresholded or clipped, as configured."""
         config = self.config
-        if config["thresholding"]:
+        if config.get("thresholding"):
             return dynamic_threshold(x0, config["dynamic_thresholding_ratio"], config["sample_max_value"])
         if config["clip_sample"]:
             return x0.clamp(-config["clip_sample_range"], config["clip_sample_range"])

@@ -118,6 +118,11 @@ class StableDiffusionBase(DiffusionPipeline):
         """Channels of the latents, 4 in Stable Diffusion."""
         return self.vae.config.latent_channels if self.vae is not None else self.unet.config.out_channels if self.unet else 4
 
+    def needed_components(self, arguments: dict[str, Any]) -> list[str]:
+        """UNet and scheduler, and the autoencoder where there are pictures; the text encoder is missed when there is text."""
+        pictures = arguments["output_type"] != "latent" or arguments.get("image") is not None
+        return ["unet", "scheduler", *(["vae"] if pictures else [])]
+
     # ------------------------------------------------------------ prompts and guidance
 
     def guidance_for(self, scale: float, rescale: float = 0.0) -> Guidance:
@@ -170,6 +175,7 @@ class StableDiffusionBase(DiffusionPipeline):
         cond, uncond = self.encode_prompt(
             device=self.device, num_images_per_prompt=count, do_classifier_free_guidance=guided, clip_skip=run.clip_skip, **passed
         )
+        cond, uncond = cond.to(self.unet.dtype), None if uncond is None else uncond.to(self.unet.dtype)
         tensors = {"prompt_embeds": torch.cat([uncond, cond]) if guided and uncond is not None else cond}
         if uncond is not None:
             tensors["negative_prompt_embeds"] = uncond
@@ -228,10 +234,10 @@ class StableDiffusionBase(DiffusionPipeline):
         if sample is None and (height is None or width is None):
             raise InputError("height or width is missing, and unet/config.json has no sample_size", remedy="pass both")
         trained: Any = sample if isinstance(sample, (list, tuple)) else (sample, sample)
-        height = trained[0] * self.vae_scale_factor if height is None else height
-        width = trained[1] * self.vae_scale_factor if width is None else width
-        check_pixels(height, width)
-        return height, width
+        rows: int = trained[0] * self.vae_scale_factor if height is None else height
+        columns: int = trained[1] * self.vae_scale_factor if width is None else width
+        check_pixels(rows, columns)
+        return rows, columns
 
     def check_noise(self, shape: tuple[int, ...]) -> None:
         """Raise `InputError` unless generators and latents of the call are for pictures of this shape."""
