@@ -181,7 +181,7 @@ def test_to_takes_what_the_peers_takes():
     with pytest.raises(InputError, match="no device 'gpu'"):
         pipe.to("gpu")
     assert pipe.to(dtype="float32").dtype == torch.float32
-    with pytest.raises(InputError, match="no floating type"):
+    with pytest.raises(InputError, match="no floating point type"):
         pipe.to(torch.int8)
     with pytest.raises(InputError, match="weights would be lost"):
         pipe.to("meta")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
 import os
 import threading
 import warnings
@@ -357,7 +356,7 @@ class DiffusionPipeline(ConfigMixin):
             naming = weights_naming(type(components[path.parts[0]]))
             return naming is not None and not superseded(naming, variant).fullmatch(path.name)
 
-        with staged_folder(Path(save_directory), keep) as folder:
+        with staged_folder(save_directory, keep) as folder:
             for name, value in components.items():
                 if value is not None:
                     save_component(value, folder / name, safe_serialization, variant)
@@ -393,10 +392,6 @@ class DiffusionPipeline(ConfigMixin):
             )
         made = cls(**values)
         return made.to(dtype=dtype) if dtype is not None else made
-
-    def to_json_string(self) -> str:
-        """The configuration as it stands in model_index.json."""
-        return json.dumps(json.loads(super().to_json_string()), indent=2, sort_keys=True) + "\n"
 
     # ------------------------------------------------------------ running
 

@@ -74,6 +74,17 @@ class StableDiffusionBase(DiffusionPipeline):
         image_encoder: CLIPVisionModelWithProjection | None = None,
         requires_safety_checker: bool = True,
     ) -> None:
+        check_type(type(self).__name__, "requires_safety_checker", requires_safety_checker, bool)
+        self.set_up(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+            image_encoder=image_encoder,
+        )
         if safety_checker is None and requires_safety_checker:
             warnings.warn(
                 f"{type(self).__name__} runs without a safety checker (safety_checker=None): nothing filters what it draws. "
@@ -85,17 +96,6 @@ class StableDiffusionBase(DiffusionPipeline):
                 "a safety_checker needs a feature_extractor",
                 remedy="pass feature_extractor=…, or safety_checker=None for neither",
             )
-        self.set_up(
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            unet=unet,
-            scheduler=scheduler,
-            safety_checker=safety_checker,
-            feature_extractor=feature_extractor,
-            image_encoder=image_encoder,
-        )
-        check_type(type(self).__name__, "requires_safety_checker", requires_safety_checker, bool)
         self.register_to_config(requires_safety_checker=requires_safety_checker)
 
     def set_up(self, **components: Any) -> None:
