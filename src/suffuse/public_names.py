@@ -36,6 +36,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "suffuse.schedulers.ddim_inverse": ("DDIMInverseScheduler",),
     "suffuse.schedulers.unclip": ("UnCLIPScheduler",),
     "suffuse.pipelines.pipeline": ("DiffusionPipeline", "ImagePipelineOutput"),
+    "suffuse.pipelines.auto": ("AutoPipelineForText2Image", "AutoPipelineForImage2Image", "AutoPipelineForInpainting"),
     "suffuse.pipelines.stable_diffusion.text_to_image": ("StableDiffusionPipeline",),
     "suffuse.pipelines.stable_diffusion.image_to_image": ("StableDiffusionImg2ImgPipeline",),
     "suffuse.pipelines.stable_diffusion.inpaint": ("StableDiffusionInpaintPipeline",),
