@@ -13,6 +13,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 import types
 import typing
 import warnings
@@ -28,6 +29,15 @@ from suffuse.public_names import PUBLIC
 
 FORMAT_VERSION = "0.26.3"
 """The release of diffusers whose file layout is written; stands in `_diffusers_version`."""
+
+WRITTEN_SINCE: dict[str, tuple[int, int]] = {
+    **dict.fromkeys(("beta_start", "beta_end", "beta_schedule", "num_train_timesteps"), (0, 3)),
+    **dict.fromkeys(("block_out_channels", "layers_per_block", "attention_head_dim", "norm_num_groups", "act_fn"), (0, 3)),
+    **dict.fromkeys(("in_channels", "out_channels", "latent_channels", "flip_sin_to_cos", "freq_shift", "norm_eps"), (0, 3)),
+    "prediction_type": (0, 10),
+    "scaling_factor": (0, 14),
+}
+"""Entries whose defaults draw another picture without a word → the release of diffusers since which every file has them."""
 
 _Self = TypeVar("_Self", bound="ConfigMixin")
 _Init = TypeVar("_Init", bound=Callable[..., None])
@@ -97,8 +107,12 @@ class ConfigMixin:
         return {known.__name__ for known in (*cls.__mro__, *cls.compatible_classes())}
 
     @classmethod
-    def check_class_name(cls, config: Mapping[str, Any], folder: str | os.PathLike[str]) -> None:
-        """Raise `ConfigError` if the configuration, read from `folder`, says that it is another class's."""
+    def check_stored(cls, config: Mapping[str, Any], folder: str | os.PathLike[str]) -> None:
+        """Hold a configuration that was read from `folder` against the class.
+
+        Raises:
+            ConfigError: It says that it is another class's. An entry that its release wrote and that is gone is warned about.
+        """
         written = config.get("_class_name", cls.__name__)
         if str(written) not in cls.compatible_names():
             raise ConfigError(
@@ -106,6 +120,15 @@ class ConfigMixin:
                 found=written,
                 expected=cls.__name__,
                 remedy="load it with the class it was written for, or give the right subfolder",
+            )
+        release = tuple(int(part) for part in re.findall(r"\d+", str(config.get("_diffusers_version", "")))[:2])
+        known = cls.parameters_of_init()
+        left = [name for name, since in WRITTEN_SINCE.items() if name in known and name not in config and release >= since]
+        if left:
+            used = ", ".join(f"{name}={known[name].default!r}" for name in left)
+            warnings.warn(
+                f"{Path(folder) / cls.config_name} leaves out entries that change results; defaults are used: {used}",
+                stacklevel=3,
             )
 
     @classmethod

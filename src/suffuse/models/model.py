@@ -100,7 +100,7 @@ class ModelMixin(ConfigMixin, GradientCheckpointing):
                 raise unknown_argument(f"{cls.__name__}.from_pretrained", name, [*keywords, *cls.parameters_of_init()])
         folder = local_folder(pretrained_model_name_or_path, subfolder)
         stored = cls.load_config(folder)
-        cls.check_class_name(stored, folder)
+        cls.check_stored(stored, folder)
         model, report = load_weights(
             lambda: cls.from_config(stored, strict=strict, **config),
             find_weights(folder, DIFFUSERS, variant, use_safetensors),

@@ -77,7 +77,7 @@ class AutoPipeline(ConfigMixin):
                 one that takes none.
 
         Raises:
-            ConfigError: The pipeline is of no family in the table, its family has nothing for this task, or a component is missing.
+            ConfigError: The pipeline is of no family in the table, has nothing for this task, or a component is missing.
             UnknownArgumentError: A keyword that the class has no use for.
         """
         family = _family(type(pipeline).__name__, "the pipeline is a")

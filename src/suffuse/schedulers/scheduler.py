@@ -338,7 +338,7 @@ class SchedulerMixin(ConfigMixin):
             if name not in known and not return_unused_kwargs:
                 raise unknown_argument(f"{cls.__name__}.from_pretrained", name, known)
         config = cls.load_config(pretrained_model_name_or_path, subfolder=subfolder)
-        cls.check_class_name(config, pretrained_model_name_or_path)
+        cls.check_stored(config, pretrained_model_name_or_path)
         return cls.from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
