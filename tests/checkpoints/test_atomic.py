@@ -16,13 +16,18 @@ import pytest
 
 from suffuse.checkpoints import atomic
 from suffuse.checkpoints.atomic import staged_folder
+from suffuse.checkpoints.checksums import verify_folder
 from suffuse.errors import BusyError, SaveError
 
 OPERATIONS = ("open", "fsync", "rename", "mkdir", "link", "write", "ftruncate")
 
 
 def contents(folder: Path) -> dict[str, str]:
-    return {path.relative_to(folder).as_posix(): path.read_text() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """The texts of a folder, which must be what its list of checksums says, if it has one."""
+    if (folder / "SHA256SUMS").exists():
+        verify_folder(folder)
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "SHA256SUMS")
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in files}
 
 
 OLD = {"a.txt": "old", "deep/b.txt": "old", "stays.txt": "stays"}
@@ -209,4 +214,5 @@ def test_a_folder_saved_inside_a_staged_folder_leaves_nothing_else(tmp_path: Pat
     with staged_folder(tmp_path / "pipeline") as outer, staged_folder(outer / "unet") as inner:
         (inner / "a.txt").write_text("new")
     assert contents(tmp_path / "pipeline") == {"unet/a.txt": "new"}
-    assert os.listdir(tmp_path / "pipeline") == ["unet"]
+    assert sorted(os.listdir(tmp_path / "pipeline")) == ["SHA256SUMS", "unet"]
+    assert os.listdir(tmp_path / "pipeline" / "unet") == ["a.txt"]

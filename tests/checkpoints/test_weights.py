@@ -363,7 +363,8 @@ def test_a_save_removes_its_own_other_formats_and_nothing_else(small: Small, tmp
     small.save_pretrained(tmp_path, max_shard_size=200)
     small.save_pretrained(tmp_path, safe_serialization=False)
     assert {path.name for path in tmp_path.iterdir()} == {
-        "README.md", "config.json", "diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.safetensors",
+        "README.md", "SHA256SUMS", "config.json", "diffusion_pytorch_model.bin",
+        "diffusion_pytorch_model.fp16.safetensors",
     }  # fmt: skip
     small.save_pretrained(tmp_path)
     assert not (tmp_path / "diffusion_pytorch_model.bin").exists()

@@ -2,11 +2,14 @@
 
 The new folder is written beside the old one, every file and folder of it is brought to the disk, and then one rename puts it
 in the old one's place. Whoever is killed on the way leaves the old folder and a leftover, which the next save sweeps away.
+While the disk is busy, what was written is summed up into a list of checksums, by which a load can verify the folder.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import contextvars
 import ctypes
 import errno
 import os
@@ -17,10 +20,14 @@ import time
 from collections.abc import Callable, Generator
 from pathlib import Path, PurePosixPath
 
+from suffuse.checkpoints.checksums import NAME, digest, read_checksums, write_checksums
 from suffuse.errors import BusyError, SaveError, SuffuseError
 
 PATIENCE = 30.0
 """Seconds to wait for another writer of the same folder."""
+
+_staging: contextvars.ContextVar[Path | None] = contextvars.ContextVar("_staging", default=None)
+"""The folder that this thread is writing."""
 
 
 @contextlib.contextmanager
@@ -37,10 +44,16 @@ def staged_folder(
         keep: Of the files of the old folder, as relative paths, those to carry over unless there are new ones so called.
         size: Bytes that will be written, to be refused at once if the disk has not as many.
 
+    Inside of another such folder it is a plain new folder: the outer one takes care of it.
+
     Raises:
         SaveError: Writing failed; the old folder is as it was.
         BusyError: Another writer held the folder for longer than `PATIENCE` seconds.
     """
+    if (outer := _staging.get()) is not None and Path(target).is_relative_to(outer):
+        Path(target).mkdir(parents=True)
+        yield Path(target)
+        return
     if not os.fspath(target):
         raise SaveError("a folder to save to needs a name", found=target)
     target = Path(os.path.realpath(target))
@@ -56,14 +69,16 @@ def staged_folder(
             _check_space(target.parent, size)
             staged = _beside(target, "staged")
             os.mkdir(staged)
+            token = _staging.set(staged)
             try:
                 yield staged
-                _carry_over(target, staged, keep)
-                _synchronise(staged)
+                _finish(staged, target, keep)
                 _publish(staged, target)
             except BaseException:
                 shutil.rmtree(staged, ignore_errors=True)
                 raise
+            finally:
+                _staging.reset(token)
     except SuffuseError:
         raise
     except OSError as error:
@@ -104,28 +119,43 @@ def _check_space(folder: Path, size: int) -> None:
         raise SaveError(f"no space for {size} bytes in {folder}", found=f"{free} bytes free", remedy="nothing was replaced")
 
 
-def _carry_over(old: Path, new: Path, keep: Callable[[PurePosixPath], bool]) -> None:
-    """Link, or copy where links are not to be had, the files of the old folder that stay."""
+def _finish(staged: Path, old: Path, keep: Callable[[PurePosixPath], bool]) -> None:
+    """Bring every new file to the disk and sum it up, carry over what stays, then bring the folders, from the inside out."""
+    new = {path.relative_to(staged).as_posix(): path for path in sorted(staged.rglob("*")) if _is_plain(path)}
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        synchronised = [pool.submit(_fsync, path) for path in new.values()]
+        sums = dict(zip(new, pool.map(digest, new.values()), strict=True))
+        for future in synchronised:
+            future.result()
+    carried = _carry_over(old, staged, keep)
+    known = {name: value for name, value in read_checksums(old).items() if name in carried} if carried else {}
+    write_checksums(staged, {**known, **sums})
+    _fsync(staged / NAME)
+    for path in [*carried.values(), *(Path(folder) for folder, _, _ in os.walk(staged, topdown=False))]:
+        _fsync(path)
+
+
+def _carry_over(old: Path, new: Path, keep: Callable[[PurePosixPath], bool]) -> dict[str, Path]:
+    """Link, or copy where links are not to be had, the files of the old folder that stay; the plain files among them."""
+    carried: dict[str, Path] = {}
     for folder, names, files in os.walk(old):
         for name in [*files, *(name for name in names if os.path.islink(os.path.join(folder, name)))]:
             source = Path(folder, name)
             relative = source.relative_to(old)
             destination = new / relative
-            if not os.path.lexists(destination) and keep(PurePosixPath(relative.as_posix())):
+            if relative != Path(NAME) and not os.path.lexists(destination) and keep(PurePosixPath(relative.as_posix())):
                 destination.parent.mkdir(parents=True, exist_ok=True)
                 try:
                     os.link(source, destination, follow_symlinks=False)
                 except (OSError, NotImplementedError):
                     shutil.copy2(source, destination, follow_symlinks=False)
+                if _is_plain(destination):
+                    carried[relative.as_posix()] = destination
+    return carried
 
 
-def _synchronise(folder: Path) -> None:
-    """Bring every file to the disk, then the folders that name them, from the inside out."""
-    for parent, _, files in os.walk(folder, topdown=False):
-        for name in files:
-            if not os.path.islink(os.path.join(parent, name)):
-                _fsync(os.path.join(parent, name))
-        _fsync(parent)
+def _is_plain(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
 
 
 def _fsync(path: str | os.PathLike[str]) -> None:

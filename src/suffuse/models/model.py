@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from suffuse.checkpoints.atomic import staged_folder
+from suffuse.checkpoints.checksums import verify_folder
 from suffuse.checkpoints.layout import DIFFUSERS, PICKLE, SAFETENSORS, find_weights, superseded
 from suffuse.checkpoints.saving import write_weights
 from suffuse.checkpoints.weights import Tolerance, load_weights, parse_devices
@@ -47,6 +48,7 @@ class ModelMixin(ConfigMixin, GradientCheckpointing):
         allow_missing: Sequence[str] = (),
         ignore_mismatched_sizes: bool = False,
         strict: bool = False,
+        verify: bool = False,
         output_loading_info: bool = False,
         low_cpu_mem_usage: bool | None = None,
         disable_mmap: bool = True,
@@ -72,6 +74,7 @@ class ModelMixin(ConfigMixin, GradientCheckpointing):
             allow_missing: Regular expressions of tensors that may be missing; they get seeded initial values.
             ignore_mismatched_sizes: Tensors of another shape get seeded initial values instead of an error.
             strict: Unknown tensors and unknown configuration entries are errors, not warnings.
+            verify: Hold the files against the checksums that `save_pretrained` wrote beside them, first.
             output_loading_info: Return (model, dictionary of missing, unexpected and mismatched tensors).
             low_cpu_mem_usage: Accepted, and without effect: memory for the weights is taken once in any case.
             disable_mmap: False leaves weights that need no conversion as pages of the file, as
@@ -99,6 +102,8 @@ class ModelMixin(ConfigMixin, GradientCheckpointing):
                 keywords = inspect.signature(cls.from_pretrained).parameters
                 raise unknown_argument(f"{cls.__name__}.from_pretrained", name, [*keywords, *cls.parameters_of_init()])
         folder = local_folder(pretrained_model_name_or_path, subfolder)
+        if verify:
+            verify_folder(folder)
         stored = cls.load_config(folder)
         cls.check_stored(stored, folder)
         model, report = load_weights(

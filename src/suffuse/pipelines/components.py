@@ -16,7 +16,7 @@ from suffuse.checkpoints.layout import TRANSFORMERS as TRANSFORMERS_FILES
 from suffuse.checkpoints.saving import write_weights
 from suffuse.checkpoints.transformers_models import load_processor, load_transformers_model
 from suffuse.configuration import ConfigMixin
-from suffuse.errors import ConfigError, nearest
+from suffuse.errors import ConfigError, SaveError, SuffuseError, nearest
 from suffuse.public_names import PUBLIC, resolve
 
 TRANSFORMERS: dict[str, str] = {
@@ -140,7 +140,20 @@ def load_component(kind: type[Any], folder: Path, **options: Any) -> Any:
 
 
 def save_component(value: Any, folder: Path, safe_serialization: bool, variant: str | None) -> None:
-    """Write one component into its folder, as diffusers lays it out."""
+    """Write one component into its folder, as diffusers lays it out.
+
+    Raises:
+        SaveError: It could not be written, for whatever reason its library gives.
+    """
+    try:
+        _save_component(value, folder, safe_serialization, variant)
+    except (SuffuseError, OSError):
+        raise
+    except Exception as error:  # libraries raise whatever they stumble over
+        raise SaveError(f"the component {folder.name} could not be written: {error}", remedy="nothing was replaced") from error
+
+
+def _save_component(value: Any, folder: Path, safe_serialization: bool, variant: str | None) -> None:
     match weights_naming(type(value)):
         case None:
             value.save_pretrained(folder)

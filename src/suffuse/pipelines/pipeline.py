@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from suffuse.checkpoints.atomic import staged_folder
+from suffuse.checkpoints.checksums import verify_folder
 from suffuse.checkpoints.layout import DIFFUSERS, component_variants, superseded
 from suffuse.checkpoints.weights import parse_dtype
 from suffuse.configuration import ConfigMixin
@@ -277,6 +278,7 @@ class DiffusionPipeline(ConfigMixin):
         low_cpu_mem_usage: bool = True,
         output_loading_info: bool = False,
         strict: bool = False,
+        verify: bool = False,
         **components: Any,
     ) -> Any:
         """Load a pipeline from a folder.
@@ -291,6 +293,7 @@ class DiffusionPipeline(ConfigMixin):
             low_cpu_mem_usage: Kept for its name: weights are always read straight into place.
             output_loading_info: Return (pipeline, information) with missing and unexpected tensors by component.
             strict: Raise on what is otherwise one warning: extra components, config entries or tensors.
+            verify: Hold every file against the checksums that `save_pretrained` wrote beside them, first.
             **components: Components, or None, that replace those of the folder; and values of the pipeline's own configuration.
 
         Raises:
@@ -299,6 +302,8 @@ class DiffusionPipeline(ConfigMixin):
             UnknownArgumentError: A keyword that is neither option nor component.
         """
         folder = local_folder(pretrained_model_name_or_path)
+        if verify:
+            verify_folder(folder)
         index = read_json(folder / cls.config_name)
         target = cls if cls is not DiffusionPipeline else _pipeline_class(folder, index)
         parameters = target.parameters_of_init()
@@ -518,7 +523,7 @@ class DiffusionPipeline(ConfigMixin):
         return VaeImageProcessor.numpy_to_pil(images)
 
 
-_OPTIONS = ("torch_dtype", "variant", "use_safetensors", "low_cpu_mem_usage", "output_loading_info", "strict")
+_OPTIONS = ("torch_dtype", "variant", "use_safetensors", "low_cpu_mem_usage", "output_loading_info", "strict", "verify")
 
 
 def _pipeline_class(folder: Path, index: dict[str, Any]) -> type[Any]:
