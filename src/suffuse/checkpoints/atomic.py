@@ -18,6 +18,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from suffuse.checkpoints.checksums import NAME, digest, read_checksums, write_checksums
@@ -26,8 +27,23 @@ from suffuse.errors import BusyError, SaveError, SuffuseError
 PATIENCE = 30.0
 """Seconds to wait for another writer of the same folder."""
 
-_staging: contextvars.ContextVar[Path | None] = contextvars.ContextVar("_staging", default=None)
-"""The folder that this thread is writing."""
+
+@dataclass(frozen=True)
+class Staging:
+    """A folder that is being written, and the checksums of its files that are known already."""
+
+    folder: Path
+    digests: dict[Path, str] = field(default_factory=dict[Path, str])
+
+
+_staging: contextvars.ContextVar[Staging | None] = contextvars.ContextVar("_staging", default=None)
+"""What this thread is writing."""
+
+
+def note_digest(path: Path, value: str) -> None:
+    """Tell the SHA-256 of a file that was just written, if it is in a staged folder: it need not be read for it again."""
+    if (staging := _staging.get()) is not None:
+        staging.digests[path] = value
 
 
 @contextlib.contextmanager
@@ -50,7 +66,7 @@ def staged_folder(
         SaveError: Writing failed; the old folder is as it was.
         BusyError: Another writer held the folder for longer than `PATIENCE` seconds.
     """
-    if (outer := _staging.get()) is not None and Path(target).is_relative_to(outer):
+    if (outer := _staging.get()) is not None and Path(target).is_relative_to(outer.folder):
         Path(target).mkdir(parents=True)
         yield Path(target)
         return
@@ -69,10 +85,11 @@ def staged_folder(
             _check_space(target.parent, size)
             staged = _beside(target, "staged")
             os.mkdir(staged)
-            token = _staging.set(staged)
+            staging = Staging(staged)
+            token = _staging.set(staging)
             try:
                 yield staged
-                _finish(staged, target, keep)
+                _finish(staging, target, keep)
                 _publish(staged, target)
             except BaseException:
                 shutil.rmtree(staged, ignore_errors=True)
@@ -119,17 +136,17 @@ def _check_space(folder: Path, size: int) -> None:
         raise SaveError(f"no space for {size} bytes in {folder}", found=f"{free} bytes free", remedy="nothing was replaced")
 
 
-def _finish(staged: Path, old: Path, keep: Callable[[PurePosixPath], bool]) -> None:
+def _finish(staging: Staging, old: Path, keep: Callable[[PurePosixPath], bool]) -> None:
     """Bring every new file to the disk and sum it up, carry over what stays, then bring the folders, from the inside out."""
+    staged, known = staging.folder, staging.digests
     new = {path.relative_to(staged).as_posix(): path for path in sorted(staged.rglob("*")) if _is_plain(path)}
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         synchronised = [pool.submit(_fsync, path) for path in new.values()]
-        sums = dict(zip(new, pool.map(digest, new.values()), strict=True))
+        sums = dict(zip(new, pool.map(lambda path: known.get(path) or digest(path), new.values()), strict=True))
         for future in synchronised:
             future.result()
     carried = _carry_over(old, staged, keep)
-    known = {name: value for name, value in read_checksums(old).items() if name in carried} if carried else {}
-    write_checksums(staged, {**known, **sums})
+    write_checksums(staged, sums | {name: value for name, value in read_checksums(old).items() if name in carried})
     _fsync(staged / NAME)
     for path in [*carried.values(), *(Path(folder) for folder, _, _ in os.walk(staged, topdown=False))]:
         _fsync(path)

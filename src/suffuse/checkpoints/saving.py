@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from suffuse.checkpoints.atomic import note_digest
 from suffuse.checkpoints.layout import SAFETENSORS, Naming, file_name, index_names, shard_name
 from suffuse.checkpoints.reading import DTYPES
 from suffuse.checkpoints.safetensors_file import BITS
+from suffuse.checkpoints.writing import write_pieces
 from suffuse.errors import InputError, SaveError
 from suffuse.files import write_text
 
@@ -83,11 +85,9 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         position = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb", buffering=0) as file:
-        _write_all(file, memoryview(len(text).to_bytes(8, "little") + text))
-        for name in order:
-            row: Any = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            _write_all(file, memoryview(row))
+    rows = (tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for name in order)
+    head = memoryview(len(text).to_bytes(8, "little") + text)
+    note_digest(path, write_pieces(path, itertools.chain([head], (memoryview(cast(Any, row)) for row in rows))))
 
 
 def split_shards(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
@@ -132,8 +132,3 @@ def _without_ties(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _write_all(file: BinaryIO, view: memoryview) -> None:
-    while view:
-        view = view[os.write(file.fileno(), view[: 1 << 30]) :]
