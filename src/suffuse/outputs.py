@@ -26,6 +26,12 @@ class BaseOutput(OrderedDict[str, Any]):
         )
 
     def __post_init__(self) -> None:
+        names = [field.name for field in dataclasses.fields(self)]  # pyright: ignore[reportArgumentType]
+        first = getattr(self, names[0])
+        if isinstance(first, dict) and first and set(first) <= set(names):
+            # Libraries that move results between devices rebuild them as any mapping: type(output)({name: value}).
+            for name in names:
+                super().__setattr__(name, first.get(name))
         for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
             value = getattr(self, field.name)
             if value is not None:

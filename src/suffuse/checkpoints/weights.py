@@ -74,6 +74,10 @@ class Placement:
         """Memory for the tensor called `name`, with the shape of `like`."""
         return torch.empty(like.shape, dtype=self.type(name, like), device=self.device(name))
 
+    def elsewhere(self, name: str) -> bool:
+        """Whether the tensor called `name` is to have no storage in the module."""
+        return self.device(name).type == "meta"
+
     def type(self, name: str, like: Tensor) -> torch.dtype:
         """The type for the tensor called `name`, which was built as `like`."""
         if not like.dtype.is_floating_point or self.dtype is None:
@@ -84,27 +88,6 @@ class Placement:
         """Where the tensor called `name` goes: the longest prefix decides."""
         fitting = [prefix for prefix in self.devices if not prefix or name == prefix or name.startswith(f"{prefix}.")]
         return self.devices[max(fitting, key=len)] if fitting else torch.device("cpu")
-
-
-def parse_devices(
-    device_map: str | int | torch.device | Mapping[str, str | int | torch.device] | None,
-) -> dict[str, torch.device]:
-    """Prefix of a tensor's name → device, of a device for all or of a mapping of such prefixes.
-
-    Raises:
-        InputError: It names no device.
-    """
-    if device_map is None:
-        return {}
-    given = device_map if isinstance(device_map, Mapping) else {"": device_map}
-    try:
-        return {prefix: torch.device(device) for prefix, device in given.items()}
-    except (RuntimeError, TypeError):
-        raise InputError(
-            "device_map names no device",
-            found=device_map,
-            expected='"cuda", "cuda:1", "cpu", or {"": "cuda", "mid_block": "cpu"}',
-        ) from None
 
 
 @dataclass(frozen=True)
@@ -141,9 +124,10 @@ def load_weights(
     *,
     dtype: torch.dtype | str | None = None,
     float32: Sequence[str] = (),
-    devices: Mapping[str, torch.device] | None = None,
+    devices: Callable[[nn.Module, torch.dtype], Mapping[str, torch.device]] | None = None,
     mapped: bool = False,
     tolerance: Tolerance | None = None,
+    spill: Callable[[str, Tensor], None] | None = None,
 ) -> tuple[Any, LoadingReport]:
     """A module, in evaluation mode, with the weights of `files`.
 
@@ -152,9 +136,11 @@ def load_weights(
         files: Where the weights are.
         dtype: Of floating tensors: a type, its name, "auto" for the type in the files, or None for float32.
         float32: Names of modules whose tensors stay float32 whatever `dtype` says.
-        devices: Prefix of a tensor's name → device; "" stands for all others.
+        devices: Given the module, still without storage, and the type of its weights: prefix of a tensor's name → device; ""
+            stands for all others. The CPU, if None.
         mapped: Leave tensors that need no conversion as pages of the file: quick to load, but the file must not change.
         tolerance: What may differ; nothing but tensors left over, if None.
+        spill: Takes each tensor, by name, that goes to the device "meta": the module gets none of it.
 
     Raises:
         WeightsMismatchError: Tensors are missing, left over (`strict`), or have another shape or kind of number.
@@ -177,12 +163,21 @@ def load_weights(
     wanted: dict[str, Tensor] = module.state_dict(keep_vars=True)
     names = _match(wanted, source.tensors)
     report = _compare(module, files, wanted, names, source, tolerance or Tolerance())
-    place = Placement(parse_dtype(dtype, source) or torch.float32, float32, devices or {}, mapped)
+    kind = parse_dtype(dtype, source) or torch.float32
+    place = Placement(kind, float32, devices(module, kind) if devices is not None else {}, mapped)
     absent = {*report.missing_keys, *(name for name, _, _ in report.mismatched_keys)}
-    _fill(module, wanted, {name: stored for name, stored in names.items() if name not in absent}, source, place)
+    there = {name: stored for name, stored in names.items() if name not in absent}
+    _fill(module, wanted, {name: stored for name, stored in there.items() if not place.elsewhere(name)}, source, place)
+    for name in [name for name in wanted if name in there and place.elsewhere(name)]:
+        tensor = torch.empty(wanted[name].shape, dtype=place.type(name, wanted[name]))
+        source.fill({there[name]: tensor})
+        if spill is not None:
+            spill(name, tensor)
     _initialise(module, build, absent, place)
     # Buffers that no file holds were computed while building.
-    _replace(module, lambda name, old: old if isinstance(old, nn.Parameter) else old.to(place.device(name)))
+    _replace(
+        module, lambda name, old: old if isinstance(old, nn.Parameter) or place.elsewhere(name) else old.to(place.device(name))
+    )
     return module.eval(), report
 
 
@@ -274,7 +269,7 @@ def _fill(module: nn.Module, wanted: Mapping[str, Tensor], names: Mapping[str, s
 
 def _initialise(module: nn.Module, build: Callable[[], nn.Module], absent: Collection[str], place: Placement) -> None:
     """Give what no file holds, and what is still without storage, the values of a new module."""
-    if not absent and not any(tensor.is_meta for _, tensor in _tensors(module)):
+    if not absent and not any(tensor.is_meta and not place.elsewhere(name) for name, tensor in _tensors(module)):
         return
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -283,7 +278,7 @@ def _initialise(module: nn.Module, build: Callable[[], nn.Module], absent: Colle
     made: dict[int, Tensor] = {}
 
     def initial(name: str, old: Tensor) -> Tensor:
-        if (old.is_meta or name in absent) and id(old) not in made:
+        if ((old.is_meta and not place.elsewhere(name)) or name in absent) and id(old) not in made:
             made[id(old)] = _like(old, place.empty(name, old).copy_(fresh[name].detach()))
         return made.get(id(old), old)
 

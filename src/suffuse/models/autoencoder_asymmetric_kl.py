@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from suffuse.configuration import ConfigMixin, register_to_config
 from suffuse.errors import InputError
+from suffuse.memory.offload import used_as_forward
 from suffuse.models.attention_services import AttentionServices
 from suffuse.models.autoencoder_kl import AutoencoderKL
 from suffuse.models.model import ModelMixin
@@ -89,11 +90,13 @@ class AsymmetricAutoencoderKL(AttentionServices, ModelMixin):
         """The class whose entries stand in this one's configuration too."""
         return [AutoencoderKL]
 
+    @used_as_forward
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """The distribution of latents of images (batch, in_channels, height, width), from -1 to 1."""
         posterior = DiagonalGaussianDistribution(self.quant_conv(self.encoder(x)))
         return AutoencoderKLOutput(posterior) if return_dict else (posterior,)
 
+    @used_as_forward
     def decode(
         self,
         z: Tensor,

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from suffuse.configuration import register_to_config
 from suffuse.errors import InputError
+from suffuse.memory.offload import used_as_forward
 from suffuse.models import tiling
 from suffuse.models.attention_services import AttentionServices
 from suffuse.models.model import ModelMixin
@@ -107,11 +108,13 @@ class AutoencoderKL(AttentionServices, MemorySavings, ModelMixin):
         self.tile_sample_min_size = sample_size if isinstance(sample_size, int) else sample_size[0]
         self.tile_latent_min_size = int(self.tile_sample_min_size / 2 ** (len(block_out_channels) - 1))
 
+    @used_as_forward
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """The distribution of latents of images (batch, in_channels, height, width), from -1 to 1."""
         posterior = DiagonalGaussianDistribution(joined([self._encode(part) for part in self.slices(x)]))
         return AutoencoderKLOutput(posterior) if return_dict else (posterior,)
 
+    @used_as_forward
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:

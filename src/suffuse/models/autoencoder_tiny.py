@@ -12,6 +12,7 @@ from suffuse.configuration import ConfigMixin, register_to_config
 from suffuse.errors import ConfigError
 from suffuse.layers.activations import get_activation
 from suffuse.layers.gradient_checkpointing import Recomputable
+from suffuse.memory.offload import used_as_forward
 from suffuse.models.autoencoder_kl import AutoencoderKL
 from suffuse.models.model import ModelMixin
 from suffuse.models.sizes import require_positive
@@ -120,11 +121,13 @@ class AutoencoderTiny(MemorySavings, ModelMixin):
         """The class whose entries stand in this one's configuration too."""
         return [AutoencoderKL]
 
+    @used_as_forward
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderTinyOutput | tuple[Tensor]:
         """The latents of images (batch, in_channels, height, width), from -1 to 1."""
         latents = joined([self._encode(part) for part in self.slices(x)])
         return AutoencoderTinyOutput(latents) if return_dict else (latents,)
 
+    @used_as_forward
     def decode(
         self, x: Tensor, generator: torch.Generator | None = None, return_dict: bool = True
     ) -> DecoderOutput | tuple[Tensor]:

@@ -15,11 +15,12 @@ from suffuse.checkpoints.atomic import staged_folder
 from suffuse.checkpoints.checksums import verify_folder
 from suffuse.checkpoints.layout import DIFFUSERS, PICKLE, SAFETENSORS, find_weights, superseded
 from suffuse.checkpoints.saving import write_weights
-from suffuse.checkpoints.weights import Tolerance, load_weights, parse_devices
+from suffuse.checkpoints.weights import Tolerance, load_weights
 from suffuse.configuration import ConfigMixin
 from suffuse.errors import HubError, unknown_argument
 from suffuse.files import local_folder
 from suffuse.layers.gradient_checkpointing import GradientCheckpointing
+from suffuse.memory.placement import Device, Memory, Placing
 
 
 class ModelMixin(ConfigMixin, GradientCheckpointing):
@@ -27,11 +28,13 @@ class ModelMixin(ConfigMixin, GradientCheckpointing):
 
     Class attributes:
         _keep_in_fp32_modules: Names of modules that stay float32 when a model is loaded as another type.
+        _no_split_modules: Names of module classes inside that stay on one device.
         _keys_to_ignore_on_load_unexpected: Regular expressions of tensors in files that nobody misses.
     """
 
     config_name: ClassVar[str] = "config.json"
     _keep_in_fp32_modules: ClassVar[Sequence[str] | None] = None
+    _no_split_modules: ClassVar[Sequence[str]] = ("ResnetBlock2D", "SpatialTransformer", "UpBlock", "KUpBlock", "SkipUpBlock")
     _keys_to_ignore_on_load_unexpected: ClassVar[Sequence[str] | None] = None
 
     @classmethod
@@ -44,7 +47,10 @@ class ModelMixin(ConfigMixin, GradientCheckpointing):
         torch_dtype: torch.dtype | str | None = None,
         dtype: torch.dtype | str | None = None,
         use_safetensors: bool | None = None,
-        device_map: str | int | torch.device | Mapping[str, str | int | torch.device] | None = None,
+        device_map: Device | Mapping[str, Device] | None = None,
+        max_memory: Memory | None = None,
+        offload_folder: str | os.PathLike[str] | None = None,
+        offload_state_dict: bool | None = None,
         allow_missing: Sequence[str] = (),
         ignore_mismatched_sizes: bool = False,
         strict: bool = False,
@@ -70,7 +76,11 @@ class ModelMixin(ConfigMixin, GradientCheckpointing):
             torch_dtype: Type of the weights: a torch type or its name, "auto" for that of the files, None for float32.
             dtype: Another name for `torch_dtype`; it wins over it.
             use_safetensors: True refuses pickles, False reads nothing else, None prefers safetensors.
-            device_map: A device for the whole model, or prefixes of tensor names → devices.
+            device_map: A device for the whole model; prefixes of tensor names → devices, or "disk"; or a way to spread it over
+                what there is: "auto", "balanced", "balanced_low_0", "sequential".
+            max_memory: For those ways: device → bytes, or "10GB" and the like; what is free, if None.
+            offload_folder: Where weights go that are sent to disk; it must stay for as long as the model.
+            offload_state_dict: Accepted, and without effect: no weight is in memory twice.
             allow_missing: Regular expressions of tensors that may be missing; they get seeded initial values.
             ignore_mismatched_sizes: Tensors of another shape get seeded initial values instead of an error.
             strict: Unknown tensors and unknown configuration entries are errors, not warnings.
@@ -102,6 +112,7 @@ class ModelMixin(ConfigMixin, GradientCheckpointing):
                 keywords = inspect.signature(cls.from_pretrained).parameters
                 raise unknown_argument(f"{cls.__name__}.from_pretrained", name, [*keywords, *cls.parameters_of_init()])
         folder = local_folder(pretrained_model_name_or_path, subfolder)
+        placing = Placing(device_map, max_memory, offload_folder, cls._no_split_modules)
         if verify:
             verify_folder(folder)
         stored = cls.load_config(folder)
@@ -111,10 +122,12 @@ class ModelMixin(ConfigMixin, GradientCheckpointing):
             find_weights(folder, DIFFUSERS, variant, use_safetensors),
             dtype=dtype if dtype is not None else torch_dtype,
             float32=cls._keep_in_fp32_modules or (),
-            devices=parse_devices(device_map),
+            devices=placing,
+            spill=placing.spill,
             mapped=not disable_mmap,
             tolerance=Tolerance(allow_missing, ignore_mismatched_sizes, cls._keys_to_ignore_on_load_unexpected or (), strict),
         )
+        placing.finish(model)
         model.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return (model, vars(report)) if output_loading_info else model
 

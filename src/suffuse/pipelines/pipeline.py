@@ -34,6 +34,7 @@ from suffuse.diffusion.hooks import CallbackOnStepEnd, EndWhen, OnWholeSteps, Wa
 from suffuse.diffusion.loop import Hook, Step, denoise
 from suffuse.errors import ConfigError, InputError, MissingFileError, nearest, unknown_argument
 from suffuse.files import local_folder, read_json
+from suffuse.memory.offload import execution_device, offload_models, offload_parts, remove_hooks
 from suffuse.outputs import BaseOutput
 from suffuse.pipelines.components import (
     check_component,
@@ -203,6 +204,11 @@ class DiffusionPipeline(ConfigMixin):
         return next((p.device for m in self._modules_by_name.values() for p in m.parameters()), torch.device("cpu"))
 
     @property
+    def _execution_device(self) -> torch.device:
+        """Where the pipeline computes: the accelerator that offloaded models come to, else `device`."""
+        return execution_device(self._modules_by_name.values()) or self.device
+
+    @property
     def dtype(self) -> torch.dtype:
         """The floating point type of the first component with parameters."""
         floating = (p.dtype for m in self._modules_by_name.values() for p in m.parameters() if p.is_floating_point())
@@ -246,17 +252,12 @@ class DiffusionPipeline(ConfigMixin):
                 dtype, device = value.dtype, value.device
             else:
                 device = value
-        try:
-            target = torch.device(device) if device is not None else None
-            torch.empty(0, device=target)
-            if target is not None and target.type == "meta":
-                raise ValueError("weights would be lost on 'meta'")
-        except (RuntimeError, TypeError, AssertionError, ValueError) as error:
+        target = self._checked_device("to", device) if device is not None else None
+        if target is not None and execution_device(self._modules_by_name.values()) is not None:
             raise InputError(
-                f"{type(self).__name__}.to: no device {device!r}",
-                found=str(error).split("\n")[0],
-                expected="'cpu', 'cuda', 'cuda:1', 'mps', …",
-            ) from None
+                f"{type(self).__name__}.to: its models are offloaded, and move on their own",
+                remedy="pipe.remove_all_hooks() first; or leave it as it is: it computes on the accelerator",
+            )
         dtype = parse_dtype(dtype)
         on_cpu = (target or self.device).type == "cpu"
         if dtype == torch.float16 and on_cpu and not silence_dtype_warnings:
@@ -264,6 +265,86 @@ class DiffusionPipeline(ConfigMixin):
         for module in self._modules_by_name.values():
             module.to(device=target, dtype=dtype)
         return self
+
+    def _checked_device(self, method: str, device: str | int | torch.device) -> torch.device:
+        """The device of that name, if it is there and keeps what it is given."""
+        try:
+            target = torch.device(device)
+            torch.empty(0, device=target)
+            if target.type == "meta":
+                raise ValueError("weights would be lost on 'meta'")
+        except (RuntimeError, TypeError, AssertionError, ValueError) as error:
+            raise InputError(
+                f"{type(self).__name__}.{method}: no device {device!r}",
+                found=str(error).split("\n")[0],
+                expected="'cpu', 'cuda', 'cuda:1', 'mps', …",
+            ) from None
+        return target
+
+    # ------------------------------------------------------------ offloading
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str = "cuda") -> None:
+        """Let the models wait on the CPU: each moves to the accelerator when it is used, and back when the next one is.
+
+        Takes the memory of the largest model instead of all, for little time.
+
+        Args:
+            gpu_id: The number of the accelerator.
+            device: Its kind; with a number, if `gpu_id` is not given.
+
+        Raises:
+            InputError: There is no such device, or two numbers were given.
+            MissingPackageError: accelerate is not installed.
+        """
+        target = self._offload_target("enable_model_cpu_offload", gpu_id, device)
+        models = self._modules_by_name
+        chain = [models.pop(name) for name in self.model_cpu_offload_seq.split("->") if name in models]
+        for name in self._exclude_from_cpu_offload:
+            if name in models:
+                models.pop(name).to(target)
+        self._offloaded = offload_models(chain, models.values(), target)
+
+    def enable_sequential_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str = "cuda") -> None:
+        """Let the weights wait on the CPU: those of each layer move to the accelerator while it computes.
+
+        Takes the least memory of all, and by far the most time.
+
+        Args:
+            gpu_id: The number of the accelerator.
+            device: Its kind; with a number, if `gpu_id` is not given.
+
+        Raises:
+            InputError: There is no such device, or two numbers were given.
+            MissingPackageError: accelerate is not installed.
+        """
+        target = self._offload_target("enable_sequential_cpu_offload", gpu_id, device)
+        for name, model in self._modules_by_name.items():
+            if name in self._exclude_from_cpu_offload:
+                model.to(target)
+            else:
+                offload_parts(model, target)
+
+    def _offload_target(self, method: str, gpu_id: int | None, device: torch.device | str) -> torch.device:
+        """The device to offload from, with all models on the CPU and free of hooks."""
+        target = self._checked_device(method, device)
+        if gpu_id is not None and target.index is not None:
+            raise InputError(f"{method}: gpu_id={gpu_id} and device={device!r} both name a number", remedy="pass one of the two")
+        if target.type != "cpu" and target.index is None:
+            target = self._checked_device(method, f"{target.type}:{gpu_id or 0}")
+        self.remove_all_hooks()
+        self.to("cpu", silence_dtype_warnings=True)
+        return target
+
+    def remove_all_hooks(self) -> None:
+        """End offloading: the models are on the CPU, whole."""
+        for model in self._modules_by_name.values():
+            remove_hooks(model)
+        self._offloaded = []
+
+    def maybe_free_model_hooks(self) -> None:
+        """Send offloaded models back to the CPU; every call of the pipeline ends with it."""
+        for hook in self.__dict__.get("_offloaded", ()):
+            hook.offload()
 
     # ------------------------------------------------------------ loading and saving
 
@@ -424,6 +505,7 @@ class DiffusionPipeline(ConfigMixin):
         try:
             yield run
         finally:
+            self.maybe_free_model_hooks()
             run.arguments = {}
             if outer.arguments:
                 self._tell(outer)
@@ -513,9 +595,6 @@ class DiffusionPipeline(ConfigMixin):
         for module in self._modules_by_name.values():
             if isinstance(module, ConfigMixin) and hasattr(module, method):
                 getattr(module, method)(*args)
-
-    def maybe_free_model_hooks(self) -> None:
-        """Return offloaded models to where they wait; nothing to do while none is offloaded."""
 
     @staticmethod
     def numpy_to_pil(images: np.ndarray) -> list[Image.Image]:

@@ -173,7 +173,11 @@ class StableDiffusionBase(DiffusionPipeline):
         self.check_encoders(run, passed["prompt"], passed["prompt_embeds"], passed["negative_prompt_embeds"])
         count = run.arguments["num_images_per_prompt"]
         cond, uncond = self.encode_prompt(
-            device=self.device, num_images_per_prompt=count, do_classifier_free_guidance=guided, clip_skip=run.clip_skip, **passed
+            device=self._execution_device,
+            num_images_per_prompt=count,
+            do_classifier_free_guidance=guided,
+            clip_skip=run.clip_skip,
+            **passed,
         )
         cond, uncond = cond.to(self.unet.dtype), None if uncond is None else uncond.to(self.unet.dtype)
         tensors = {"prompt_embeds": torch.cat([uncond, cond]) if guided and uncond is not None else cond}
@@ -210,7 +214,7 @@ class StableDiffusionBase(DiffusionPipeline):
         if self.unet.config.time_cond_proj_dim is not None:
             scale = torch.tensor(run.guidance.scale - 1).repeat(conditioning.batch)
             embedding = self.get_guidance_scale_embedding(scale, self.unet.config.time_cond_proj_dim)
-            keywords["timestep_cond"] = embedding.to(self.device, self.unet.dtype)
+            keywords["timestep_cond"] = embedding.to(self._execution_device, self.unet.dtype)
         return [text, Keywords(keywords)] if keywords else [text]
 
     def get_guidance_scale_embedding(self, w: Tensor, embedding_dim: int = 512, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -249,12 +253,12 @@ class StableDiffusionBase(DiffusionPipeline):
         self.check_noise(shape)
         generator, latents = self._run.arguments["generator"], self._run.arguments.get("latents")
         if latents is not None:
-            return latents.to(self.device, dtype)
-        return randn_tensor(shape, generator=generator, device=self.device, dtype=dtype)
+            return latents.to(self._execution_device, dtype)
+        return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=dtype)
 
     def encode_pictures(self, image: Tensor, dtype: torch.dtype) -> Tensor:
         """Latents of pictures, with the generator of the call; latents are passed through."""
-        image = image.to(device=self.device, dtype=dtype)
+        image = image.to(device=self._execution_device, dtype=dtype)
         if image.shape[1] == self.latent_channels:
             return image
         return encode_image(self.vae, image, self._run.arguments["generator"]).to(dtype)
@@ -266,7 +270,7 @@ class StableDiffusionBase(DiffusionPipeline):
             pictures = torch.cat([pictures] * repeats(batch, pictures, "image"))
         times = repeats(batch, pictures, "image")
         clean = torch.cat([self.encode_pictures(pictures, dtype)] * times)
-        noise = randn_tensor(clean.shape, generator=self._run.arguments["generator"], device=self.device, dtype=dtype)
+        noise = randn_tensor(clean.shape, generator=self._run.arguments["generator"], device=self._execution_device, dtype=dtype)
         return self._run.scheduler.add_noise(clean, noise, timestep.repeat(batch))
 
     def get_timesteps(self, num_inference_steps: int, strength: float, device: torch.device) -> tuple[Tensor, int]:
@@ -303,7 +307,7 @@ class StableDiffusionBase(DiffusionPipeline):
         if arguments["output_type"] == "latent":
             return latents, None
         image = decode_latents(self.vae, latents, arguments["generator"], **conditions)
-        image, flagged = self.run_safety_checker(image, self.device, dtype)
+        image, flagged = self.run_safety_checker(image, self._execution_device, dtype)
         shown = [not hidden for hidden in flagged] if flagged is not None else None
         return self.image_processor.postprocess(image, arguments["output_type"], shown), flagged
 
@@ -320,7 +324,6 @@ class StableDiffusionBase(DiffusionPipeline):
 
     def output(self, images: Any, flagged: list[bool] | None) -> Any:
         """The result of a call, as an output object or a plain tuple."""
-        self.maybe_free_model_hooks()
         return StableDiffusionPipelineOutput(images, flagged) if self._run.arguments["return_dict"] else (images, flagged)
 
     # ------------------------------------------------------------ switches of the models

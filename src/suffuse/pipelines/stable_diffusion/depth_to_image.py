@@ -99,10 +99,12 @@ class StableDiffusionDepth2ImgPipeline(StableDiffusionBase):
         pictures = self.image_processor.preprocess(image)
         if strength == 0:
             return self.unchanged(pictures)
-        way, steps = run.timesteps_for(run.set_timesteps(self.device), strength)
+        way, steps = run.timesteps_for(run.set_timesteps(self._execution_device), strength)
         conditioning = self.encode()
         dtype = conditioning.tensors["prompt_embeds"].dtype
-        depth = self.prepare_depth_map(image, depth_map, conditioning.batch, self.do_classifier_free_guidance, dtype, self.device)
+        depth = self.prepare_depth_map(
+            image, depth_map, conditioning.batch, self.do_classifier_free_guidance, dtype, self._execution_device
+        )
         conditioning.tensors["depth_mask"] = depth
         conditioners = [*self.conditioners(conditioning), Channels(["depth_mask"])]
         latents = self.noised(pictures, way[:1], conditioning.batch, dtype)
@@ -111,7 +113,6 @@ class StableDiffusionDepth2ImgPipeline(StableDiffusionBase):
 
     def output(self, images: Any, flagged: list[bool] | None) -> Any:
         """The result of a call, as an output object or a plain tuple."""
-        self.maybe_free_model_hooks()
         return ImagePipelineOutput(images) if self._run.arguments["return_dict"] else (images,)
 
     def prepare_depth_map(

@@ -100,7 +100,7 @@ class StableDiffusionInpaintPipeline(StableDiffusionBase):
         painted = self.mask_processor.preprocess(mask_image, name="mask_image", **frame)
         if strength == 0:
             return self.unchanged(pictures)
-        way, steps = run.timesteps_for(run.set_timesteps(self.device), strength)
+        way, steps = run.timesteps_for(run.set_timesteps(self._execution_device), strength)
         conditioning = self.encode()
         batch, dtype = conditioning.batch, conditioning.tensors["prompt_embeds"].dtype
         shape = self.latent_shape(batch, height, width)
@@ -170,11 +170,11 @@ class StableDiffusionInpaintPipeline(StableDiffusionBase):
     ) -> tuple[Tensor, Tensor]:
         """(mask, latents of the masked pictures) at the resolution of the latents, for each of the batch."""
         rows, columns = pictures.shape[-2] // self.vae_scale_factor, pictures.shape[-1] // self.vae_scale_factor
-        mask = F.interpolate(painted, size=(rows, columns)).to(device=self.device, dtype=dtype)
+        mask = F.interpolate(painted, size=(rows, columns)).to(device=self._execution_device, dtype=dtype)
         if masked_latents is None:
-            masked = (pictures * (painted < 0.5)).to(device=self.device, dtype=dtype)
+            masked = (pictures * (painted < 0.5)).to(device=self._execution_device, dtype=dtype)
             masked_latents = encode_image(self.vae, masked, self._run.arguments["generator"])
-        masked_latents = masked_latents.to(device=self.device, dtype=dtype)
+        masked_latents = masked_latents.to(device=self._execution_device, dtype=dtype)
         mask = mask if len(mask) == batch else self.repeated(batch, mask, "mask_image")
         masked_latents = masked_latents if len(masked_latents) == batch else self.repeated(batch, masked_latents, "image")
         return mask, masked_latents
@@ -188,7 +188,7 @@ class StableDiffusionInpaintPipeline(StableDiffusionBase):
         """What the decoder sees besides latents: an asymmetric autoencoder is shown the known part of the picture."""
         if not isinstance(self.vae, AsymmetricAutoencoderKL):
             return {}
-        known = {"image": pictures.to(self.device, dtype), "mask": painted.to(self.device, dtype)}
+        known = {"image": pictures.to(self._execution_device, dtype), "mask": painted.to(self._execution_device, dtype)}
         return {name: value if len(value) == batch else self.repeated(batch, value, name) for name, value in known.items()}
 
 

@@ -55,7 +55,7 @@ class StableDiffusionPipeline(StableDiffusionBase):
         height, width = self.default_size(height, width)
         run = self._run
         run.guidance = self.guidance_for(guidance_scale, guidance_rescale)
-        steps = run.set_timesteps(self.device)
+        steps = run.set_timesteps(self._execution_device)
         conditioning = self.encode()
         conditioners = self.conditioners(conditioning)
         dtype = conditioning.tensors["prompt_embeds"].dtype

@@ -1,0 +1,107 @@
+"""Models that wait elsewhere draw the same pictures; accelerate's CPU, disk and hooks stand in for an accelerator."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from tasks import TASKS, call, difference, folder, pair, set_scheduler
+
+import suffuse
+from suffuse.errors import InputError, MissingPackageError
+
+WAYS = ("enable_model_cpu_offload", "enable_sequential_cpu_offload")
+
+
+@pytest.fixture
+def pipe():
+    loaded = suffuse.DiffusionPipeline.from_pretrained(folder("text"))
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("task", TASKS)
+def test_offloaded_models_draw_the_same(task, way):
+    _, ours = pair(task)
+    set_scheduler(pair(task), "DDIMScheduler")
+    expected = call(ours, task)
+    try:
+        getattr(ours, way)(device="cpu")
+        assert difference(call(ours, task), expected) <= 1e-5
+        assert difference(call(ours, task), expected) <= 1e-5
+    finally:
+        ours.remove_all_hooks()
+    assert difference(call(ours, task), expected) == 0
+
+
+def test_parts_wait_without_storage_and_come_back_whole(pipe):
+    weights = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    pipe.enable_sequential_cpu_offload(device="cpu")
+    assert all(parameter.is_meta for parameter in pipe.unet.parameters())
+    assert pipe._execution_device == torch.device("cpu")
+    pipe.remove_all_hooks()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in pipe.unet.state_dict().items())
+
+
+def test_models_are_used_one_after_the_other(pipe, monkeypatch):
+    order = []
+    pipe.enable_model_cpu_offload(device="cpu")
+    for hook in pipe._offloaded:
+        model = type(hook.model).__name__
+        monkeypatch.setattr(hook, "offload", lambda model=model, offload=hook.offload: (order.append(model), offload()))
+    call(pipe, "text")
+    # Each sends the one before it back whenever it is called; in the end all go back.
+    text, unet, vae = "CLIPTextModel", "UNet2DConditionModel", "AutoencoderKL"
+    assert order == [text] * order[:-4].count(text) + [unet, text, unet, vae]
+
+
+def test_an_offloaded_pipeline_is_not_moved_by_hand(pipe):
+    pipe.enable_sequential_cpu_offload(device="cpu")
+    with pytest.raises(InputError, match=r"its models are offloaded(.|\n)*remove_all_hooks"):
+        pipe.to("cpu")
+    pipe.remove_all_hooks()
+    assert pipe.to("cpu") is pipe
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_cannot_be_offloaded_to_is_told(way, pipe):
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match=rf"{way}: no device 'cuda'"):
+            getattr(pipe, way)()
+    with pytest.raises(InputError, match="gpu_id=1 and device='cpu:0' both name a number"):
+        getattr(pipe, way)(gpu_id=1, device="cpu:0")
+    assert not hasattr(pipe.unet, "_hf_hook")
+
+
+def test_accelerate_is_asked_for_by_name(pipe, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(MissingPackageError, match=r"pip install suffuse\[offload\]"):
+        pipe.enable_sequential_cpu_offload(device="cpu")
+
+
+def test_an_error_in_the_middle_sends_models_back(pipe):
+    sent = []
+    pipe.enable_model_cpu_offload(device="cpu")
+    pipe._offloaded[0].offload = lambda: sent.append(True)
+
+    def broken(*_: object) -> None:
+        sent.clear()
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        pipe("a cat", num_inference_steps=2, callback_on_step_end=broken)
+    assert sent == [True]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+@pytest.mark.parametrize("way", WAYS)
+def test_on_an_accelerator_memory_is_free_afterwards(way, pipe):
+    on_cpu = call(pipe, "text")
+    getattr(pipe, way)()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    assert difference(call(pipe, "text").cpu(), on_cpu) < 1e-2
+    assert torch.cuda.memory_allocated() <= before + 2**20
