@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import secrets
 import stat
 from collections import Counter
@@ -15,6 +16,7 @@ from typing import Any, BinaryIO
 from suffuse.errors import ConfigError, InputError, MissingFileError, PathEscapeError
 
 JSON_BYTES, JSON_DEPTH = 16 * 2**20, 64
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -144,3 +146,16 @@ def _check_depth(path: Path, value: Any) -> None:
 
 def _too_deep(path: Path) -> ConfigError:
     return ConfigError(f"{path} is nested too deep", expected=f"at most {JSON_DEPTH} levels")
+
+
+def parse_size(size: int | str, name: str) -> int:
+    """Bytes of "10GB" (10^9), "5GiB" (2^30) and the like; `name` is whose size it is, for the message.
+
+    Raises:
+        InputError: It is no size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B)", size.strip().upper()) if isinstance(size, str) else None
+    count = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else size
+    if not isinstance(count, int) or isinstance(count, bool) or count <= 0:
+        raise InputError(f"{name} is no size", found=size, expected='bytes, or "10GB", "500MB", "2GiB"')
+    return count

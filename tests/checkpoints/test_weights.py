@@ -18,13 +18,12 @@ from torch import nn
 
 from suffuse.checkpoints.layout import DIFFUSERS
 from suffuse.checkpoints.reading import finite
-from suffuse.checkpoints.saving import parse_size, split_shards, write_safetensors, write_weights
+from suffuse.checkpoints.saving import split_shards, write_safetensors, write_weights
 from suffuse.checkpoints.weights import unfilled
 from suffuse.configuration import register_to_config
 from suffuse.errors import (
     ConfigError,
     CorruptFileError,
-    HubError,
     InputError,
     MissingFileError,
     NonFiniteError,
@@ -33,6 +32,7 @@ from suffuse.errors import (
     UnsafePickleError,
     WeightsMismatchError,
 )
+from suffuse.files import parse_size
 from suffuse.models.model import ModelMixin
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -391,8 +391,6 @@ def test_saving_refuses_what_it_cannot_do(small: Small, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SaveError, match="is a file"):
         small.save_pretrained(tmp_path / "file")
-    with pytest.raises(HubError, match="folders only"):
-        small.save_pretrained(tmp_path / "small", push_to_hub=True)
     small.save_pretrained(tmp_path / "small", is_main_process=False)
     with unfilled(100):
         empty = Small()
@@ -403,13 +401,13 @@ def test_saving_refuses_what_it_cannot_do(small: Small, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("size", "count"), [("10GB", 10**10), ("5GiB", 5 * 2**30), ("1.5MB", 1_500_000), (7, 7), ("2 kb", 2000)])
 def test_sizes_are_read(size: int | str, count: int) -> None:
-    assert parse_size(size) == count
+    assert parse_size(size, "max_shard_size") == count
 
 
 @pytest.mark.parametrize("size", ["GB", "-1GB", 0, -5, "10 XB", True, "0B"])
 def test_what_is_no_size_is_refused(size: object) -> None:
     with pytest.raises(InputError, match="max_shard_size is no size"):
-        parse_size(size)
+        parse_size(size, "max_shard_size")
 
 
 def test_shards_are_filled_in_order_and_large_tensors_stand_alone(tmp_path: Path) -> None:

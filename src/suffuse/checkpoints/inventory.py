@@ -41,6 +41,7 @@ class Component:
         files: Their names, or those of what else the folder holds.
         dtypes: Type → how many numbers are of it.
         memory: Type to load as → bytes needed.
+        largest: How many numbers the largest tensor holds.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Component:
     files: list[str] = field(default_factory=list[str])
     dtypes: dict[str, int] = field(default_factory=dict[str, int])
     memory: dict[str, int] = field(default_factory=dict[str, int])
+    largest: int = 0
 
 
 def take_inventory(path: str | os.PathLike[str], variant: str | None = None) -> list[Component]:
@@ -142,6 +144,7 @@ def _weighed(component: Component, files: WeightFiles) -> Component:
         return component
     tensors = [entry for path in files.paths for entry in read_header(path).tensors.values()]
     component.dtypes = _count(tensors)
+    component.largest = max((entry.elements for entry in tensors), default=0)
     component.parameters = sum(component.dtypes.values())
     component.memory = {name: _memory(component.dtypes, width) for name, width in TARGETS.items()}
     return component

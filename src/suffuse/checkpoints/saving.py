@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -17,10 +16,9 @@ from suffuse.checkpoints.layout import SAFETENSORS, Naming, file_name, index_nam
 from suffuse.checkpoints.reading import DTYPES
 from suffuse.checkpoints.safetensors_file import BITS
 from suffuse.checkpoints.writing import write_pieces
-from suffuse.errors import InputError, SaveError
-from suffuse.files import write_text
+from suffuse.errors import SaveError
+from suffuse.files import parse_size, write_text
 
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 Write = Callable[[dict[str, Tensor], Path], Any]
@@ -53,7 +51,7 @@ def write_weights(
     """
     write = write or (write_safetensors if suffix == SAFETENSORS else torch.save)
     tensors, stem = _without_ties(tensors), naming.stem(suffix)
-    shards = split_shards(tensors, parse_size(max_shard_size))
+    shards = split_shards(tensors, parse_size(max_shard_size, "max_shard_size"))
     if len(shards) == 1:
         write(dict(tensors), folder / file_name(stem, suffix, variant))
         return
@@ -106,19 +104,6 @@ def split_shards(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Te
         current[name] = tensor
         filled += size
     return [*shards, current] if current or not shards else shards
-
-
-def parse_size(size: int | str) -> int:
-    """Bytes of "10GB" (10^9), "5GiB" (2^30) and the like.
-
-    Raises:
-        InputError: It is no size.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B)", size.strip().upper()) if isinstance(size, str) else None
-    count = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else size
-    if not isinstance(count, int) or isinstance(count, bool) or count <= 0:
-        raise InputError("max_shard_size is no size", found=size, expected='bytes, or "10GB", "500MB", "2GiB"')
-    return count
 
 
 def _without_ties(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -65,13 +65,13 @@ def _terminal() -> bool:
 def _cells(component: Component) -> Iterator[str]:
     yield from (component.name, component.kind or "", component.library or "")
     yield "unknown" if component.parameters is None else f"{component.parameters:,}" if component.parameters else ""
-    yield _size(component.bytes)
-    yield from (_size(component.memory.get(target, 0)) for target in TARGETS)
+    yield size_of(component.bytes)
+    yield from (size_of(component.memory.get(target, 0)) for target in TARGETS)
     yield ", ".join(component.dtypes)
     yield ", ".join(component.files)
 
 
-def _size(count: int) -> str:
+def size_of(count: int) -> str:
     """Bytes in the largest unit that leaves at least 1, in powers of 1000; nothing for 0."""
     amount, units = float(count), iter(("B", "kB", "MB", "GB", "TB"))
     unit = next(units)

@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from suffuse.errors import SuffuseError
 
-COMMANDS = {"generate": "suffuse.cli.generate", "inspect": "suffuse.cli.inspect"}
+COMMANDS = {"generate": "suffuse.cli.generate", "inspect": "suffuse.cli.inspect", "plan": "suffuse.cli.plan"}
 """Name of a command → its module, which has a function of that name."""
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from suffuse.checkpoints.saving import parse_size
 from suffuse.errors import InputError, LimitError
+from suffuse.files import parse_size
 from suffuse.memory.offload import accelerate
 
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -43,7 +43,9 @@ class Placing:
         folder: str | os.PathLike[str] | None = None,
         whole: Sequence[str] = (),
     ) -> None:
-        self.memory = None if max_memory is None else {device: parse_size(size) for device, size in max_memory.items()}
+        self.memory = (
+            None if max_memory is None else {device: parse_size(size, "max_memory") for device, size in max_memory.items()}
+        )
         self.strategy = device_map if isinstance(device_map, str) and device_map in STRATEGIES else None
         self.map: dict[str, Device] = {}
         if isinstance(device_map, Mapping):
@@ -111,7 +113,7 @@ def share_out(sizes: Mapping[str, int], max_memory: Memory) -> dict[str, int | s
         LimitError: The CPU was given a limit too, and is full.
         InputError: A size is none.
     """
-    left = {device: parse_size(size) for device, size in max_memory.items()}
+    left = {device: parse_size(size, "max_memory") for device, size in max_memory.items()}
     devices = [device for device in left if device != "cpu"] or ["cpu"]
     round_trip, turn = [*devices, *reversed(devices)], 0
     placed: dict[str, int | str] = {}

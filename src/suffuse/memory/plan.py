@@ -1,0 +1,199 @@
+"""What a checkpoint will take before any of it is read: memory at each stage, as each type, and what makes it fit.
+
+Weights are counted from the headers of their files, activations by `estimate` from the configurations. A picture of this
+library's own test models, and of a Stable Diffusion 1.5, takes within 10 % of what is told.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from suffuse.checkpoints.inventory import TARGETS, Component, take_inventory
+from suffuse.errors import InputError
+from suffuse.files import read_json
+from suffuse.memory.estimate import decoder_activations, text_activations, unet_activations
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be drawn, and how.
+
+    Args:
+        height: Rows of the pictures; None: what the model was trained on.
+        width: Columns, likewise.
+        batch: Pictures at once.
+        guided: With guidance, which evaluates the model for two branches.
+        dtype: Type of the weights, one of `TARGETS`.
+        slicing: Decode pictures one by one.
+        tiling: Decode in tiles.
+        offload: "none", "models" (`enable_model_cpu_offload`) or "parts" (`enable_sequential_cpu_offload`).
+    """
+
+    height: int | None = None
+    width: int | None = None
+    batch: int = 1
+    guided: bool = True
+    dtype: str = "float32"
+    slicing: bool = False
+    tiling: bool = False
+    offload: str = "none"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of a call. Bytes of the model's weights, of what is alive besides at the worst moment, of its largest tensor."""
+
+    name: str
+    weights: int
+    activations: int
+    largest: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call takes.
+
+    Args:
+        request: For what.
+        stages: In the order of a call.
+        waiting: Bytes of the weights that have no stage of their own.
+    """
+
+    request: Request
+    stages: Sequence[Stage]
+    waiting: int = 0
+
+    @property
+    def weights(self) -> int:
+        """Bytes of all weights."""
+        return sum(stage.weights for stage in self.stages) + self.waiting
+
+    @property
+    def peak(self) -> int:
+        """Bytes on the device that computes, at the worst moment."""
+        match self.request.offload:
+            case "models":
+                return max((stage.weights + stage.activations for stage in self.stages), default=0)
+            case "parts":
+                return max((stage.largest + stage.activations for stage in self.stages), default=0)
+            case _:
+                return self.weights + max((stage.activations for stage in self.stages), default=0)
+
+
+def plan(folder: str | os.PathLike[str], request: Request, variant: str | None = None) -> Plan:
+    """What drawing with a pipeline of this folder takes.
+
+    Raises:
+        InputError: The type is none of `TARGETS`, or the pipeline has no UNet or autoencoder that this can walk through.
+        MissingFileError, ConfigError, CorruptFileError: As of `take_inventory`.
+    """
+    if request.dtype not in TARGETS:
+        raise InputError("dtype is none that can be planned for", found=request.dtype, expected=", ".join(TARGETS))
+    components = take_inventory(folder, variant)
+    configs = {c.name: _config(Path(folder) / c.name) for c in components}
+    size = TARGETS[request.dtype]
+    stages = [stage for component in components for stage in _stages(component, configs, request, size)]
+    if not any(stage.name == "unet" for stage in stages):
+        names = ", ".join(component.name for component in components)
+        raise InputError(
+            f"{folder} has no UNet and autoencoder to plan for", found=names, remedy="suffuse inspect shows its parts"
+        )
+    staged = {stage.name for stage in stages}
+    waiting = sum(c.memory.get(request.dtype, 0) for c in components if c.name not in staged)
+    order = {name: index for index, name in enumerate(("text_encoder", "text_encoder_2", "unet", "vae"))}
+    return Plan(request, sorted(stages, key=lambda stage: order.get(stage.name, 9)), waiting)
+
+
+def ways_to_fit(folder: str | os.PathLike[str], request: Request, variant: str | None = None) -> Iterator[Plan]:
+    """Plans that take less and less: as it is, then with each switch on that costs the least time, then the next."""
+    half = "bfloat16" if request.dtype == "float32" else request.dtype
+    steps: list[dict[str, Any]] = [{}, {"dtype": half}]
+    steps += [{"slicing": True}] if request.batch > 1 else []
+    steps += [{"tiling": True}, {"offload": "models"}, {"offload": "parts"}]
+    seen: set[int] = set()
+    for step in steps:
+        request = replace(request, **step)
+        made = plan(folder, request, variant)
+        if made.peak not in seen:  # a switch that changes nothing is no advice
+            seen.add(made.peak)
+            yield made
+
+
+def switches(request: Request) -> list[str]:
+    """The lines of Python that a plan stands for, after `pipe = DiffusionPipeline.from_pretrained(…)`."""
+    lines: list[str] = [f"torch_dtype=torch.{request.dtype}"] if request.dtype != "float32" else []
+    lines += ["pipe.enable_vae_slicing()"] if request.slicing else []
+    lines += ["pipe.enable_vae_tiling()"] if request.tiling else []
+    return (
+        lines
+        + {"none": list[str](), "models": ["pipe.enable_model_cpu_offload()"], "parts": ["pipe.enable_sequential_cpu_offload()"]}[
+            request.offload
+        ]
+    )
+
+
+def _config(folder: Path) -> Config:
+    return read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+
+
+def _stages(component: Component, configs: Mapping[str, Config], request: Request, size: int) -> Iterator[Stage]:
+    walk = WALKS.get(component.kind or "")
+    if walk is None:
+        return
+    numbers = walk(configs[component.name], _latents(configs, request), request)
+    yield Stage(component.name, component.memory.get(request.dtype, 0), numbers * size, component.largest * size)
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Rows and columns of the latents, and the side of a tile of the autoencoder."""
+
+    height: int
+    width: int
+    tile: int = field(default=64)
+
+
+def _latents(configs: Mapping[str, Config], request: Request) -> Latents:
+    unet, vae = configs.get("unet", {}), configs.get("vae", {})
+    factor = 2 ** (len(vae.get("block_out_channels", [0] * 4)) - 1)
+    trained = unet.get("sample_size") or 64
+    rows, columns = trained if isinstance(trained, (list, tuple)) else (trained, trained)
+    tile = vae.get("sample_size", 512)
+    return Latents(
+        (request.height or rows * factor) // factor,
+        (request.width or columns * factor) // factor,
+        (tile[0] if isinstance(tile, (list, tuple)) else tile) // factor,
+    )
+
+
+def _denoising(config: Config, latents: Latents, request: Request) -> int:
+    return unet_activations(config, request.batch * (1 + request.guided), latents.height, latents.width)
+
+
+def _decoding(config: Config, latents: Latents, request: Request) -> int:
+    batch = 1 if request.slicing else request.batch
+    sides = (latents.height, latents.width)
+    if not request.tiling or max(sides) <= latents.tile:
+        return decoder_activations(config, batch, *sides)
+    factor = 2 ** (len(config["block_out_channels"]) - 1)
+    picture = batch * config.get("out_channels", 3) * latents.height * latents.width * factor**2
+    return decoder_activations(config, batch, *(min(side, latents.tile) for side in sides)) + 3 * picture
+
+
+def _encoding(config: Config, latents: Latents, request: Request) -> int:
+    return text_activations(config, request.batch)
+
+
+WALKS: dict[str, Callable[[Config, Latents, Request], int]] = {
+    "UNet2DConditionModel": _denoising,
+    "AutoencoderKL": _decoding,
+    "CLIPTextModel": _encoding,
+    "CLIPTextModelWithProjection": _encoding,
+}
+"""Class → numbers alive at the worst moment of its stage, besides its weights."""
