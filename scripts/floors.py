@@ -14,7 +14,7 @@ FLOORS = (  # from the roof to the ground; what stands on one line shares a floo
     {"layers"},
     {"memory", "processing", "conversion", "noise", "outputs"},
     {"checkpoints"},
-    {"configuration", "files"},
+    {"configuration", "hub", "files"},
     {"errors", "public_names", "version"},
 )
 FLOOR = {name: height for height, floor in enumerate(reversed(FLOORS)) for name in floor}

@@ -23,8 +23,11 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 
 import numpy as np
 
-from suffuse.errors import ConfigError, nearest
-from suffuse.files import local_folder, read_json, write_text
+from suffuse.errors import ConfigError, nearest, unknown_argument
+from suffuse.files import read_json, write_text
+from suffuse.hub.options import HUB_KEYWORDS, HubOptions
+from suffuse.hub.publishing import publish
+from suffuse.hub.sources import opened_subfolder
 from suffuse.public_names import PUBLIC
 
 FORMAT_VERSION = "0.26.3"
@@ -193,25 +196,53 @@ class ConfigMixin:
 
     @classmethod
     def load_config(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], return_unused_kwargs: bool = False, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        return_unused_kwargs: bool = False,
+        return_commit_hash: bool = False,
+        **kwargs: Any,
     ) -> Any:
-        """Read the configuration from a folder (or the file itself); `subfolder=` names a folder inside.
+        """Read the configuration from a folder, a repository, or the file itself.
+
+        Args:
+            pretrained_model_name_or_path: The folder, "org/name", or the file.
+            return_unused_kwargs: Return (configuration, keywords that were not used).
+            return_commit_hash: Return the commit too, last; None for a folder.
+            **kwargs: `subfolder`, a folder inside; and the `suffuse.hub.options.HubOptions`.
 
         Raises:
             MissingFileError: There is no such folder or file.
             PathEscapeError: `subfolder` leads out of the folder.
             ConfigError: It is not a JSON object.
+            HubError: The hub did not give it.
         """
         subfolder, path = kwargs.pop("subfolder", None), pretrained_model_name_or_path
+        hub, unused = HubOptions.split(kwargs)
+        if unused and not return_unused_kwargs:
+            raise unknown_argument(f"{cls.__name__}.load_config", next(iter(unused)), ["subfolder", *HUB_KEYWORDS])
+        commit = None
         if not isinstance(path, (str, os.PathLike)) or not os.path.isfile(path):  # pyright: ignore[reportUnnecessaryIsInstance]
-            path = local_folder(path, subfolder) / cls.config_name
-        config = read_json(Path(path))
-        return (config, kwargs) if return_unused_kwargs else config
+            with opened_subfolder(path, subfolder, hub) as (source, prefix):
+                source.fetch([prefix + cls.config_name])
+            path, commit = source.folder / prefix / cls.config_name, source.commit
+        made = (read_json(Path(path)), *([unused] if return_unused_kwargs else []), *([commit] if return_commit_hash else []))
+        return made if len(made) > 1 else made[0]
 
-    def save_config(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write the configuration into a folder, which is made if need be."""
+    def save_config(
+        self,
+        save_directory: str | os.PathLike[str],
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+    ) -> None:
+        """Write the configuration into a folder, which is made if need be; publish the folder too, with `push_to_hub`."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         self.to_json_file(Path(save_directory) / self.config_name)
+        if push_to_hub:
+            publish(type(self).__name__, save_directory, repo_id, commit_message, private, token, create_pr)
 
     def to_json_string(self) -> str:
         """The configuration as JSON text, keys sorted."""

@@ -11,9 +11,11 @@ from typing import Any
 
 MODULES: dict[str, tuple[str, ...]] = {
     "suffuse.configuration": ("ConfigMixin", "FrozenConfig", "register_to_config"),
+    "suffuse.hub.publishing": ("PushToHubMixin",),
     "suffuse.models.model": ("ModelMixin",),
     "suffuse.models.unet_2d_condition": ("UNet2DConditionModel",),
     "suffuse.models.unet_2d": ("UNet2DModel",),
+    "suffuse.models.controlnet": ("ControlNetModel",),
     "suffuse.models.autoencoder_kl": ("AutoencoderKL",),
     "suffuse.models.autoencoder_asymmetric_kl": ("AsymmetricAutoencoderKL",),
     "suffuse.models.autoencoder_tiny": ("AutoencoderTiny",),

@@ -119,7 +119,7 @@ def test_shards_beside_a_single_file_must_hold_the_same(tmp_path: Path) -> None:
 
 def test_a_variant_that_some_components_have_is_used_where_it_is(tmp_path: Path) -> None:
     touch(tmp_path, f"unet/{STEM}.fp16.safetensors", f"unet/{STEM}.safetensors", f"vae/{STEM}.safetensors")
-    components = {"unet": DIFFUSERS, "vae": DIFFUSERS}
+    components = {name: (DIFFUSERS, [path.name for path in (tmp_path / name).iterdir()]) for name in ("unet", "vae")}
     with pytest.warns(UserWarning, match="vae in .* have no weights of variant 'fp16'"):
         assert component_variants(tmp_path, components, "fp16") == {"unet": "fp16", "vae": None}
     assert component_variants(tmp_path, components, None) == {"unet": None, "vae": None}

@@ -16,7 +16,12 @@ import suffuse
 from suffuse.models.model import ModelMixin
 from suffuse.public_names import PUBLIC
 
-MAKERS = {"UNet2DConditionModel": tiny.unet, "AutoencoderKL": tiny.vae, "AsymmetricAutoencoderKL": tiny.asymmetric_vae}
+MAKERS = {
+    "UNet2DConditionModel": tiny.unet,
+    "ControlNetModel": tiny.controlnet,
+    "AutoencoderKL": tiny.vae,
+    "AsymmetricAutoencoderKL": tiny.asymmetric_vae,
+}
 FORMATS: dict[str, dict[str, Any]] = {
     "one file": {},
     "shards": {"max_shard_size": "50KB"},

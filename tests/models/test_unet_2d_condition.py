@@ -10,7 +10,7 @@ from unet_options import OPTIONS, call, cross, latent_upscaler, noise, simple
 
 from suffuse import UNet2DConditionModel
 from suffuse.errors import ConfigError, InputError, UnknownArgumentError
-from suffuse.models import unet_2d_condition as module
+from suffuse.models import unet_2d_condition, unet_2d_encoder
 
 NAME = "UNet2DConditionModel"
 
@@ -45,14 +45,15 @@ def test_the_table_of_options_covers_every_block_and_every_option():
     configs = [config for config, _ in OPTIONS.values()]
     used = {block for c in configs for key in ("down_block_types", "up_block_types") for block in c[key]}
     used |= {c.get("mid_block_type", "UNetMidBlock2DCrossAttn") for c in configs}
-    known = [*module.CONDITIONAL_DOWN_BLOCKS, *module.CONDITIONAL_UP_BLOCKS, *module.MID_BLOCKS, None]
+    blocks = [unet_2d_encoder.CONDITIONAL_DOWN_BLOCKS, unet_2d_condition.CONDITIONAL_UP_BLOCKS, unet_2d_encoder.MID_BLOCKS]
+    known = [*(name for table in blocks for name in table), None]
     assert set(known) <= used
     options = set(inspect.signature(UNet2DConditionModel.__init__).parameters) - {"self", "num_attention_heads"}
     assert options == {key for config in configs for key in config}
     for table, key in (
-        (module.CLASS_EMBEDDINGS, "class_embed_type"),
-        (module.ADDED_EMBEDDINGS, "addition_embed_type"),
-        (module.CONTEXT_PROJECTIONS, "encoder_hid_dim_type"),
+        (unet_2d_encoder.CLASS_EMBEDDINGS, "class_embed_type"),
+        (unet_2d_encoder.ADDED_EMBEDDINGS, "addition_embed_type"),
+        (unet_2d_encoder.CONTEXT_PROJECTIONS, "encoder_hid_dim_type"),
     ):
         assert set(table) <= {config.get(key) for config in configs}
 
@@ -254,7 +255,7 @@ def test_a_configuration_that_makes_no_network_is_refused(changes, message):
         ({}, {"timestep": torch.tensor([1, 2, 3])}, "found: 3 timesteps"),
         ({}, {"encoder_attention_mask": torch.ones(2, 4)}, "an attention mask is not as long as what it masks"),
         ({}, {"cross_attention_kwargs": {"gligen": {}}}, "cannot be grounded in boxes"),
-        ({"num_class_embeds": 3}, {}, "this UNet is conditioned on classes"),
+        ({"num_class_embeds": 3}, {}, "this network is conditioned on classes"),
         (OPTIONS["stable diffusion xl"][0], {}, "needs text_embeds and time_ids in added_cond_kwargs"),
         (
             OPTIONS["stable diffusion xl"][0],

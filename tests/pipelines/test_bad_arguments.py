@@ -14,6 +14,7 @@ from tasks import call, difference, mask, pair, picture, set_scheduler
 
 from suffuse.errors import (
     ConfigError,
+    HubError,
     InputError,
     LimitError,
     MissingFileError,
@@ -167,7 +168,7 @@ BAD: dict[str, tuple[str, dict, type[Exception], str]] = {
         InputError,
         "masked_image_latents: 3 given for 1 pictures",
     ),
-    "latents of a picture that nobody masked": ("inpaint", {"image": LATENTS}, InputError, "of which no masked picture"),
+    "latents of a picture that nobody masked": ("inpaint9", {"image": LATENTS}, InputError, "of which no masked picture"),
     "a crop of tensors": (
         "inpaint",
         {"padding_mask_crop": 4, "image": torch.zeros(1, 3, 64, 64)},
@@ -374,4 +375,6 @@ def test_no_folder():
     import suffuse
 
     with pytest.raises(MissingFileError, match="is not a folder here"):
+        suffuse.DiffusionPipeline.from_pretrained("./nowhere/at-all")
+    with pytest.raises(HubError, match="is no folder here, and the cache does not hold all of it"):
         suffuse.DiffusionPipeline.from_pretrained("nowhere/at-all")

@@ -9,7 +9,8 @@ import torch
 from tasks import TASKS, call, difference, folder, pair, set_scheduler
 
 import suffuse
-from suffuse.errors import InputError, MissingPackageError
+from suffuse.errors import InputError, LimitError, MissingPackageError
+from suffuse.memory.placement import dispatch
 
 WAYS = ("enable_model_cpu_offload", "enable_sequential_cpu_offload")
 
@@ -45,16 +46,15 @@ def test_parts_wait_without_storage_and_come_back_whole(pipe):
     assert all(torch.equal(tensor, weights[name]) for name, tensor in pipe.unet.state_dict().items())
 
 
-def test_models_are_used_one_after_the_other(pipe, monkeypatch):
+def test_each_model_sends_the_one_before_it_back_and_the_end_all(pipe, monkeypatch):
     order = []
     pipe.enable_model_cpu_offload(device="cpu")
     for hook in pipe._offloaded:
         model = type(hook.model).__name__
         monkeypatch.setattr(hook, "offload", lambda model=model, offload=hook.offload: (order.append(model), offload()))
     call(pipe, "text")
-    # Each sends the one before it back whenever it is called; in the end all go back.
-    text, unet, vae = "CLIPTextModel", "UNet2DConditionModel", "AutoencoderKL"
-    assert order == [text] * order[:-4].count(text) + [unet, text, unet, vae]
+    assert order == ["CLIPTextModel", "UNet2DConditionModel", "AutoencoderKL"]
+    assert [hook.hook.prev_module_hook for hook in pipe._offloaded] == [None, *pipe._offloaded[:-1]]
 
 
 def test_an_offloaded_pipeline_is_not_moved_by_hand(pipe):
@@ -105,3 +105,53 @@ def test_on_an_accelerator_memory_is_free_afterwards(way, pipe):
     before = torch.cuda.memory_allocated()
     assert difference(call(pipe, "text").cpu(), on_cpu) < 1e-2
     assert torch.cuda.memory_allocated() <= before + 2**20
+
+
+# ---------------------------------------------------------------- whole models on several devices
+
+
+def test_models_are_put_on_the_devices_of_a_map():
+    expected = call(pair("text")[1], "text")
+    for device_map in ("cpu", torch.device("cpu"), "balanced", {"unet": "cpu"}):
+        pipe = suffuse.DiffusionPipeline.from_pretrained(folder("text"), device_map=device_map)
+        pipe.set_progress_bar_config(disable=True)
+        assert pipe.hf_device_map is None
+        assert difference(call(pipe, "text"), expected) == 0
+
+
+def test_what_hooked_models_compute_travels(pipe):
+    for model in (pipe.unet, pipe.vae, pipe.text_encoder):
+        dispatch(model, {"": "cpu"})
+    assert pipe._execution_device == torch.device("cpu")
+    set_scheduler((pipe, pipe), "DDIMScheduler")
+    set_scheduler(pair("text"), "DDIMScheduler")
+    assert difference(call(pipe, "text"), call(pair("text")[1], "text")) <= 1e-5
+    with pytest.raises(InputError, match="remove_all_hooks"):
+        pipe.to("cpu")
+    pipe.reset_device_map()
+    assert not hasattr(pipe.unet, "_hf_hook")
+    assert pipe.to("cpu").hf_device_map is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+def test_models_on_the_cpu_and_an_accelerator_draw_together():
+    places = {"unet": 0, "vae": "cpu", "text_encoder": "cpu"}
+    pipe = suffuse.DiffusionPipeline.from_pretrained(folder("text"), device_map=places)
+    assert pipe.hf_device_map == places
+    assert difference(call(pipe, "text").cpu(), call(pair("text")[1], "text")) < 1e-2
+
+
+def test_balanced_keeps_to_what_may_be_taken():
+    with pytest.raises(LimitError, match=r"unet fits on no device(.|\n)*max_memory"):
+        suffuse.DiffusionPipeline.from_pretrained(folder("text"), device_map="balanced", max_memory={"cpu": "1MB"})
+    suffuse.DiffusionPipeline.from_pretrained(folder("text"), device_map="balanced", max_memory={"cpu": "1GB"})
+
+
+@pytest.mark.parametrize(
+    ("device_map", "says"),
+    [("gpu", "device_map names no device"), ({"unett": "cpu"}, "no model 'unett'"), ({"unet": "gpu"}, "no device")],
+)
+def test_what_is_no_map_is_told(device_map, says):
+    with pytest.raises(InputError, match=says):
+        suffuse.DiffusionPipeline.from_pretrained(folder("text"), device_map=device_map)

@@ -104,6 +104,28 @@ def staged_folder(
         ) from error
 
 
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file that takes the place of `path` when it is whole and on the disk.
+
+    Raises:
+        SaveError: Writing failed; the old file is as it was.
+    """
+    staged = _beside(path, "staged")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(staged)
+        _fsync(staged)
+        os.replace(staged, path)
+        _fsync(path.parent)
+    except OSError as error:
+        if isinstance(error, SuffuseError):
+            raise
+        raise SaveError(f"{path} could not be written: {error}", remedy="nothing was replaced; the old file is whole") from error
+    finally:
+        with contextlib.suppress(OSError):
+            staged.unlink()
+
+
 def _inside(folder: Path) -> bool:
     """Whether this process works in the folder, or further inside: it would be left in one that has no name."""
     with contextlib.suppress(FileNotFoundError):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +48,11 @@ class WeightFiles:
     suffix: str
     index: Path | None = None
     weight_map: dict[str, str] | None = None
+
+    @property
+    def where(self) -> Path:
+        """The folder they lie in."""
+        return self.paths[0].parent
 
     def headers(self) -> tuple[Header, ...]:
         """The headers of safetensors files; nothing else of them is read."""
@@ -90,43 +95,81 @@ def find_weights(
         PathEscapeError: The index names a file outside of the folder.
         ConfigError: The index is not one.
     """
+    if not folder.is_dir():
+        raise MissingFileError(f"no folder {folder}", found=names_in(folder.parent))
+    names = _names(folder)
+    choice = choose_weights(names, naming, variant, use_safetensors)
+    if choice is None:
+        raise nothing_there(folder, names, naming, variant, use_safetensors)
+    if choice.index is None:
+        return WeightFiles((folder / choice.single,), choice.suffix)
+    shards = _read_index(folder / choice.index, choice.suffix)
+    if choice.single:
+        _check_agreement(shards, folder / choice.single)
+    return shards
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which files of a folder hold the weights of one format: an index goes before a single file."""
+
+    suffix: str
+    index: str | None
+    single: str
+
+
+def choose_weights(
+    names: Collection[str], naming: Naming = DIFFUSERS, variant: str | None = None, use_safetensors: bool | None = None
+) -> Choice | None:
+    """The rule of `find_weights`, on the names of a folder's files, here or elsewhere; None if there are no weights."""
     _check_variant(variant)
-    if use_safetensors not in (True, False, None):
-        raise InputError("use_safetensors has the wrong value", found=use_safetensors, expected="True, False or None")
-    suffixes = {True: (SAFETENSORS,), False: (PICKLE,), None: (SAFETENSORS, PICKLE)}[use_safetensors]
-    for suffix in suffixes:
-        index, single = _candidates(folder, naming, suffix, variant)
-        if index:
-            shards = _read_index(index, suffix)
-            if single:
-                _check_agreement(shards, single)
-            return shards
-        if single:
-            return WeightFiles((single,), suffix)
-    raise _nothing_there(folder, naming, variant, suffixes)
+    for suffix in _suffixes(use_safetensors):
+        stem = naming.stem(suffix)
+        index = next((name for name in index_names(stem, suffix, variant) if name in names), None)
+        single = file_name(stem, suffix, variant)
+        if index or single in names:
+            return Choice(suffix, index, single if single in names else "")
+    return None
+
+
+def shards_in(index: Path) -> list[str]:
+    """The names of the files that a shard index names, without asking whether they are there.
+
+    Raises:
+        PathEscapeError: The index names a file outside of its folder.
+        ConfigError: The index is not one.
+    """
+    return sorted(set(_weight_map(index).values()))
 
 
 def has_weights(folder: Path, naming: Naming = DIFFUSERS, variant: str | None = None) -> bool:
     """Whether a folder has weights, of any format, by these names."""
-    return any(path for suffix in (SAFETENSORS, PICKLE) for path in _candidates(folder, naming, suffix, variant))
+    return choose_weights(_names(folder), naming, variant) is not None
 
 
 def variants_in(folder: Path, naming: Naming = DIFFUSERS) -> list[str]:
     """The variants of which a folder holds weights, in alphabetical order."""
+    return variants_among(_names(folder), naming)
+
+
+def variants_among(names: Iterable[str], naming: Naming = DIFFUSERS) -> list[str]:
+    """The variants of the weights among the names of files, in alphabetical order."""
     found: set[str] = set()
     for suffix in (SAFETENSORS, PICKLE):
         stem, end = re.escape(naming.stem(suffix)), re.escape(suffix)
         pattern = re.compile(rf"{stem}(?:-\d{{5}}-of-\d{{5}})?\.([^.]+?)(?:-\d{{5}}-of-\d{{5}})?{end}")
-        found |= {match[1] for match in map(pattern.fullmatch, _names(folder)) if match}
+        found |= {match[1] for match in map(pattern.fullmatch, names) if match}
     return sorted(found)
 
 
-def component_variants(root: Path, components: dict[str, Naming], variant: str | None) -> dict[str, str | None]:
+def component_variants(
+    root: str | Path, components: Mapping[str, tuple[Naming, Iterable[str]]], variant: str | None
+) -> dict[str, str | None]:
     """Which variant to load of each component: the one asked for where it is there, none elsewhere, with one warning.
 
     Args:
-        root: The folder of a pipeline.
-        components: Name of each component that has weights → how its library calls the files.
+        root: Of what pipeline, for messages.
+        components: Name of each component that has weights → (how its library calls the files, the names of its files).
         variant: What was asked for.
 
     Raises:
@@ -135,7 +178,7 @@ def component_variants(root: Path, components: dict[str, Naming], variant: str |
     if variant is None:
         return dict.fromkeys(components)
     _check_variant(variant)
-    there = {name: variants_in(root / name, naming) for name, naming in components.items()}
+    there = {name: variants_among(names, naming) for name, (naming, names) in components.items()}
     without = [name for name, variants in there.items() if variant not in variants]
     if len(without) == len(components):
         raise MissingFileError(
@@ -162,21 +205,16 @@ def superseded(naming: Naming, variant: str | None) -> re.Pattern[str]:
     return re.compile("|".join(names))
 
 
-def _candidates(folder: Path, naming: Naming, suffix: str, variant: str | None) -> tuple[Path | None, Path | None]:
-    """The shard index and the single file of one format; None for what is not there."""
-    stem = naming.stem(suffix)
-    indexes = [folder / name for name in index_names(stem, suffix, variant) if (folder / name).exists()]
-    single = folder / file_name(stem, suffix, variant)
-    return (indexes[0] if indexes else None), (single if single.exists() else None)
+def _suffixes(use_safetensors: bool | None) -> tuple[str, ...]:
+    if use_safetensors not in (True, False, None):
+        raise InputError("use_safetensors has the wrong value", found=use_safetensors, expected="True, False or None")
+    return {True: (SAFETENSORS,), False: (PICKLE,), None: (SAFETENSORS, PICKLE)}[use_safetensors]
 
 
 def _read_index(path: Path, suffix: str) -> WeightFiles:
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ConfigError(f"{path} is no shard index", found=weight_map, expected='"weight_map": {tensor name: file name}')
+    weight_map = _weight_map(path)
     names = sorted(set(weight_map.values()))
     for name in names:
-        check_inside(path.parent, name)
         if not name.endswith(suffix):
             raise ConfigError(f"{path} names a file of another format", found=name, expected=f"a name that ends in {suffix}")
     absent = [name for name in names if not (path.parent / name).exists()]
@@ -187,6 +225,15 @@ def _read_index(path: Path, suffix: str) -> WeightFiles:
             remedy="download or save the checkpoint again",
         )
     return WeightFiles(tuple(path.parent / name for name in names), suffix, path, weight_map)
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ConfigError(f"{path} is no shard index", found=weight_map, expected='"weight_map": {tensor name: file name}')
+    for name in weight_map.values():
+        check_inside(path.parent, name)
+    return weight_map
 
 
 def _check_agreement(shards: WeightFiles, single: Path) -> None:
@@ -218,15 +265,17 @@ def _chunks(path: Path, start: int, end: int, size: int = 1 << 20) -> Iterator[b
             yield file.read(min(size, end - position))
 
 
-def _nothing_there(folder: Path, naming: Naming, variant: str | None, suffixes: Iterable[str]) -> MissingFileError:
-    if not folder.is_dir():
-        return MissingFileError(f"no folder {folder}", found=names_in(folder.parent))
-    others = variants_in(folder, naming)
-    hints = [f"variant={other!r}" for other in others if other != variant] + (["no variant"] if variant else [])
-    expected = " or ".join(file_name(naming.stem(suffix), suffix, variant) for suffix in suffixes)
+def nothing_there(
+    folder: str | Path, names: Collection[str], naming: Naming, variant: str | None, use_safetensors: bool | None = None
+) -> MissingFileError:
+    """The error for a folder, here or elsewhere, without the weights that were asked for; `names` are those of its files."""
+    hints = [f"variant={other!r}" for other in variants_among(names, naming) if other != variant]
+    hints += ["no variant"] if variant else []
+    expected = " or ".join(file_name(naming.stem(suffix), suffix, variant) for suffix in _suffixes(use_safetensors))
     remedy = f"try {', '.join(hints)}" if hints else "check the folder, or save the checkpoint again"
     what = f" of variant {variant!r}" if variant else ""
-    return MissingFileError(f"no weights{what} in {folder}", found=names_in(folder), expected=expected, remedy=remedy)
+    found = f"in {folder}: {', '.join(sorted(names)[:20]) or 'nothing'}"
+    return MissingFileError(f"no weights{what} in {folder}", found=found, expected=expected, remedy=remedy)
 
 
 def _check_variant(variant: str | None) -> None:

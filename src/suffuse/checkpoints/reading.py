@@ -64,6 +64,9 @@ class Stored:
 class Source(Protocol):
     """The tensors of a component, wherever they lie."""
 
+    where: Path
+    """The folder or the file, for messages."""
+
     @property
     def tensors(self) -> Mapping[str, Stored]:
         """What is there, by name."""
@@ -91,6 +94,7 @@ class SafetensorsSource:
     """
 
     def __init__(self, files: WeightFiles) -> None:
+        self.where = files.where
         self.tensors: dict[str, Stored] = {}
         self._entries: dict[Path, dict[str, TensorEntry]] = {}
         for header in files.headers():
@@ -140,6 +144,7 @@ class PickleSource:
     """
 
     def __init__(self, files: WeightFiles) -> None:
+        self.where = files.where
         warnings.warn(
             f"{files.paths[0]} is a pickle: read as tensors only; save_pretrained writes safetensors, which load faster",
             stacklevel=5,
@@ -182,6 +187,9 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
             raise CorruptFileError(f"{path} is no file of weights", found=first[:40]) from None
         except (RuntimeError, EOFError, ValueError, KeyError, IndexError, UnicodeDecodeError, zipfile.BadZipFile) as error:
             raise CorruptFileError(f"{path} cannot be read", found=str(error).splitlines()[0]) from None
+    # Training writes more than weights: they stand under this name then, beside what is no tensor.
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = {name: value for name, value in {**loaded, **loaded["state_dict"]}.items() if isinstance(value, Tensor)}
     if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
         raise CorruptFileError(f"{path} holds something else than named tensors", found=type(loaded).__name__)
     return loaded

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from suffuse.checkpoints.layout import TRANSFORMERS, find_weights
-from suffuse.checkpoints.reading import Stored, check_finite, open_source
+from suffuse.checkpoints.reading import Source, Stored, check_finite, open_source
 from suffuse.checkpoints.weights import first_names, matches, parse_dtype, unfilled
 from suffuse.errors import ConfigError, LimitError, MissingFileError, MissingPackageError, WeightsMismatchError
 from suffuse.files import local_folder, names_in, read_json
@@ -77,7 +77,33 @@ def load_transformers_model(
                 return cls.from_pretrained(folder, dtype=dtype, variant=variant, local_files_only=True).eval()
         except ImportError as error:
             raise MissingPackageError(f"{folder}: {error}") from error
-    config = _config(cls, folder, source.tensors)
+    model = make_transformers_model(cls, _config(cls, folder, source.tensors), source, dtype, allow_missing, strict)
+    model.name_or_path = model.config._name_or_path = str(folder)
+    return model
+
+
+def make_transformers_model(
+    cls: type[Any],
+    config: Any,
+    source: Source,
+    dtype: torch.dtype = torch.float32,
+    allow_missing: Sequence[str] = (),
+    strict: bool = False,
+) -> Any:
+    """A model of transformers with the tensors of a source.
+
+    Args:
+        cls: The class.
+        config: Its configuration, an object of transformers.
+        source: The weights.
+        dtype: Type of floating tensors.
+        allow_missing: Regular expressions of tensors that may be missing.
+        strict: Raise on tensors that the model does not know, instead of one warning.
+
+    Raises:
+        ConfigError, WeightsMismatchError, NonFiniteError: As of `load_transformers_model`.
+    """
+    folder = source.where
     # To widen is exact, so it may be done while reading. To narrow is left to transformers, which knows what it keeps wide.
     tensors = {name: torch.empty(stored.shape, dtype=_widened(stored.dtype, dtype)) for name, stored in source.tensors.items()}
     source.fill(tensors)
@@ -87,14 +113,13 @@ def load_transformers_model(
                 None, config=config, state_dict=tensors, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
             )
         except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-            raise ConfigError(f"{folder / 'config.json'}: transformers makes no {cls.__name__} of it: {error}") from error
+            raise ConfigError(f"{folder}: transformers makes no {cls.__name__} of its configuration: {error}") from error
     _compare(cls, folder, info, allow_missing, strict)
     whole = {name for name, stored in source.tensors.items() if not stored.dtype.is_floating_point}
     for name, parameter in model.named_parameters():
         if any(f".{other}".endswith(f".{name}") for other in whole):  # early releases put a prefix before names
             raise WeightsMismatchError(f"{folder}: tensor {name!r} holds whole numbers", expected=str(parameter.dtype))
         check_finite(folder, name, parameter)
-    model.name_or_path = model.config._name_or_path = str(folder)
     return model.eval()
 
 

@@ -120,7 +120,7 @@ class LoadingReport:
 
 def load_weights(
     build: Callable[[], nn.Module],
-    files: WeightFiles,
+    files: WeightFiles | Source,
     *,
     dtype: torch.dtype | str | None = None,
     float32: Sequence[str] = (),
@@ -133,7 +133,7 @@ def load_weights(
 
     Args:
         build: Makes the module.
-        files: Where the weights are.
+        files: Where the weights are, or what reads them.
         dtype: Of floating tensors: a type, its name, "auto" for the type in the files, or None for float32.
         float32: Names of modules whose tensors stay float32 whatever `dtype` says.
         devices: Given the module, still without storage, and the type of its weights: prefix of a tensor's name → device; ""
@@ -151,7 +151,7 @@ def load_weights(
         LimitError: The configuration asks for sizes that no tensor can have, or for many more tensors than there are.
         InputError: `dtype` is no floating type.
     """
-    source = open_source(files)
+    source = open_source(files) if isinstance(files, WeightFiles) else files
     with unfilled(len(source.tensors)):
         try:
             module = build()
@@ -159,10 +159,10 @@ def load_weights(
             raise
         except Exception as error:  # layers raise whatever they stumble over
             kind = LimitError if isinstance(error, (RuntimeError, MemoryError, OverflowError)) else ConfigError
-            raise kind(f"{files.paths[0].parent}: no module can be built as its configuration says: {error}") from error
+            raise kind(f"{source.where}: no module can be built as its configuration says: {error}") from error
     wanted: dict[str, Tensor] = module.state_dict(keep_vars=True)
     names = _match(wanted, source.tensors)
-    report = _compare(module, files, wanted, names, source, tolerance or Tolerance())
+    report = _compare(module, wanted, names, source, tolerance or Tolerance())
     kind = parse_dtype(dtype, source) or torch.float32
     place = Placement(kind, float32, devices(module, kind) if devices is not None else {}, mapped)
     absent = {*report.missing_keys, *(name for name, _, _ in report.mismatched_keys)}
@@ -215,15 +215,10 @@ def _match(wanted: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> dict[s
 
 
 def _compare(
-    module: nn.Module,
-    files: WeightFiles,
-    wanted: Mapping[str, Tensor],
-    names: Mapping[str, str],
-    source: Source,
-    tolerance: Tolerance,
+    module: nn.Module, wanted: Mapping[str, Tensor], names: Mapping[str, str], source: Source, tolerance: Tolerance
 ) -> LoadingReport:
     """Hold the files against the module; raise or warn about what differs."""
-    what, folder = type(module).__name__, files.paths[0].parent
+    what, folder = type(module).__name__, source.where
     tied = {id(wanted[name]) for name in names.keys() & wanted.keys()}
     missing = [name for name, tensor in wanted.items() if name not in names and id(tensor) not in tied]
     unexpected = [name for name in names if name not in wanted and not matches(tolerance.unexpected, name)]

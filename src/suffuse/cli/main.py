@@ -13,7 +13,12 @@ from typer.core import TyperGroup
 
 from suffuse.errors import SuffuseError
 
-COMMANDS = {"generate": "suffuse.cli.generate", "inspect": "suffuse.cli.inspect", "plan": "suffuse.cli.plan"}
+COMMANDS = {
+    "generate": "suffuse.cli.generate",
+    "inspect": "suffuse.cli.inspect",
+    "plan": "suffuse.cli.plan",
+    "convert": "suffuse.cli.convert",
+}
 """Name of a command → its module, which has a function of that name."""
 
 

@@ -75,13 +75,7 @@ class Placing:
             return
         if self.index:
             accelerate().utils.save_offload_index(self.index, self.folder)
-        logger = logging.getLogger("accelerate.big_modeling")
-        level = logger.level
-        logger.setLevel(logging.ERROR)  # it warns of what was asked for
-        try:
-            accelerate().dispatch_model(model, self.map, offload_dir=self.folder)
-        finally:
-            logger.setLevel(level)
+        dispatch(model, self.map, self.folder)
 
     def _spread(self, module: nn.Module, dtype: torch.dtype) -> dict[str, Device]:
         utils = accelerate().utils
@@ -100,6 +94,17 @@ class Placing:
                 found=self.map.get("", self.map),
                 expected=f'"cuda", "cuda:1", "cpu", {{"": "cuda", "mid_block": "cpu"}}, or one of {", ".join(STRATEGIES)}',
             ) from None
+
+
+def dispatch(model: nn.Module, devices: Mapping[str, Device], folder: str | os.PathLike[str] | None = None) -> None:
+    """Hook a model, or parts of it, to devices: what comes in is moved there, and what goes out back."""
+    logger = logging.getLogger("accelerate.big_modeling")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns of what was asked for
+    try:
+        accelerate().dispatch_model(model, dict(devices), offload_dir=folder, force_hooks=True)
+    finally:
+        logger.setLevel(level)
 
 
 def share_out(sizes: Mapping[str, int], max_memory: Memory) -> dict[str, int | str]:

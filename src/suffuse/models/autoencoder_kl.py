@@ -11,6 +11,7 @@ from suffuse.memory.offload import used_as_forward
 from suffuse.models import tiling
 from suffuse.models.attention_services import AttentionServices
 from suffuse.models.model import ModelMixin
+from suffuse.models.single_file import SingleFileModelMixin
 from suffuse.models.sizes import require_positive
 from suffuse.models.vae import (
     AutoencoderKLOutput,
@@ -23,7 +24,7 @@ from suffuse.models.vae import (
 )
 
 
-class AutoencoderKL(AttentionServices, MemorySavings, ModelMixin):
+class AutoencoderKL(SingleFileModelMixin, AttentionServices, MemorySavings, ModelMixin):
     """An autoencoder whose latents are kept close to a Gaussian.
 
     Args:
@@ -51,6 +52,8 @@ class AutoencoderKL(AttentionServices, MemorySavings, ModelMixin):
     """
 
     tile_overlap_factor = 0.25
+
+    _single_file_parts = ("vae",)
 
     @register_to_config
     def __init__(

@@ -13,17 +13,20 @@ from torch import nn
 
 from suffuse.checkpoints.atomic import staged_folder
 from suffuse.checkpoints.checksums import verify_folder
+from suffuse.checkpoints.fetching import Wanted, fetch_components
 from suffuse.checkpoints.layout import DIFFUSERS, PICKLE, SAFETENSORS, find_weights, superseded
 from suffuse.checkpoints.saving import write_weights
 from suffuse.checkpoints.weights import Tolerance, load_weights
 from suffuse.configuration import ConfigMixin
-from suffuse.errors import HubError, unknown_argument
-from suffuse.files import local_folder
+from suffuse.errors import unknown_argument
+from suffuse.hub.options import HUB_KEYWORDS, HubOptions
+from suffuse.hub.publishing import PushToHubMixin, publish
+from suffuse.hub.sources import opened_subfolder
 from suffuse.layers.gradient_checkpointing import GradientCheckpointing
 from suffuse.memory.placement import Device, Memory, Placing
 
 
-class ModelMixin(ConfigMixin, GradientCheckpointing):
+class ModelMixin(ConfigMixin, PushToHubMixin, GradientCheckpointing):
     """A torch module with a configuration, loadable from and savable to a folder.
 
     Class attributes:
@@ -58,19 +61,14 @@ class ModelMixin(ConfigMixin, GradientCheckpointing):
         output_loading_info: bool = False,
         low_cpu_mem_usage: bool | None = None,
         disable_mmap: bool = True,
-        cache_dir: str | os.PathLike[str] | None = None,
-        force_download: bool = False,
-        resume_download: bool | None = None,
-        proxies: Mapping[str, str] | None = None,
-        local_files_only: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        **config: Any,
+        trust_remote_code: bool = False,
+        trust_code: str | Sequence[str] | None = None,
+        **keywords: Any,
     ) -> Any:
-        """The model of a folder, in evaluation mode.
+        """The model of a folder or a repository, in evaluation mode.
 
         Args:
-            pretrained_model_name_or_path: The folder of the model, or of a pipeline with `subfolder`.
+            pretrained_model_name_or_path: The folder of the model, or of a pipeline with `subfolder`; or "org/name".
             subfolder: The folder of the model inside, "unet" for example.
             variant: Which weights files: "fp16" for `diffusion_pytorch_model.fp16.safetensors`.
             torch_dtype: Type of the weights: a torch type or its name, "auto" for that of the files, None for float32.
@@ -89,17 +87,14 @@ class ModelMixin(ConfigMixin, GradientCheckpointing):
             low_cpu_mem_usage: Accepted, and without effect: memory for the weights is taken once in any case.
             disable_mmap: False leaves weights that need no conversion as pages of the file, as
                 diffusers does: loading is quicker, but a file that is truncated later crashes the process. True reads a copy.
-            cache_dir: Of the hub; a local folder does not need it, nor any of those that follow.
-            force_download: Of the hub.
-            resume_download: Of the hub.
-            proxies: Of the hub.
-            local_files_only: Of the hub.
-            token: Of the hub.
-            revision: Of the hub.
-            **config: Entries of the configuration that replace those of config.json.
+            trust_remote_code: Accepted, and without effect: the class is there, nothing of the checkpoint is run.
+            trust_code: The same.
+            **keywords: Entries of the configuration that replace those of config.json; and the
+                `suffuse.hub.options.HubOptions`.
 
         Raises:
             MissingFileError: No such folder, configuration or weights.
+            HubError: The hub did not give what was asked for.
             ConfigError: config.json is not JSON, does not fit the class, or is another class's.
             WeightsMismatchError: The weights do not fit the model.
             NonFiniteError: A tensor holds NaN or infinity.
@@ -107,14 +102,18 @@ class ModelMixin(ConfigMixin, GradientCheckpointing):
             UnsafePickleError: A pickle asks for more than tensors.
             UnknownArgumentError: A keyword is neither one of these nor an entry of the configuration.
         """
+        hub, config = HubOptions.split(keywords)
         for name in config:
             if name not in cls.parameters_of_init():
-                keywords = inspect.signature(cls.from_pretrained).parameters
-                raise unknown_argument(f"{cls.__name__}.from_pretrained", name, [*keywords, *cls.parameters_of_init()])
-        folder = local_folder(pretrained_model_name_or_path, subfolder)
+                known = [*inspect.signature(cls.from_pretrained).parameters, *HUB_KEYWORDS, *cls.parameters_of_init()]
+                raise unknown_argument(f"{cls.__name__}.from_pretrained", name, known)
+        with opened_subfolder(pretrained_model_name_or_path, subfolder, hub, verify) as (source, prefix):
+            if source.commit is not None:
+                fetch_components(source, {prefix: Wanted(DIFFUSERS, variant, use_safetensors)})
+            elif verify:
+                verify_folder(source.folder)
+        folder = source.folder / prefix
         placing = Placing(device_map, max_memory, offload_folder, cls._no_split_modules)
-        if verify:
-            verify_folder(folder)
         stored = cls.load_config(folder)
         cls.check_stored(stored, folder)
         model, report = load_weights(
@@ -140,6 +139,11 @@ class ModelMixin(ConfigMixin, GradientCheckpointing):
         variant: str | None = None,
         max_shard_size: int | str = "10GB",
         push_to_hub: bool = False,
+        repo_id: str | None = None,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
     ) -> None:
         """Write configuration and weights; the folder is replaced whole, or left as it was.
 
@@ -152,15 +156,18 @@ class ModelMixin(ConfigMixin, GradientCheckpointing):
             safe_serialization: False writes pickles.
             variant: "fp16" and the like, which becomes part of the file names.
             max_shard_size: Bytes, or "5GB" and the like: larger weights are split over several files.
-            push_to_hub: Not supported; see Raises.
+            push_to_hub: Publish the folder as well; those that follow are as `push_to_hub()` takes them.
+            repo_id: The name of the folder, if None.
+            commit_message: What the commit says.
+            private: Whether a new repository is private.
+            token: Of the account.
+            create_pr: Propose the change instead of making it.
 
         Raises:
             SaveError: The files could not be written; the folder is as it was.
             BusyError: Another process was writing the folder for half a minute.
-            HubError: `push_to_hub` is set.
+            HubError: It was written, but the hub did not take it.
         """
-        if push_to_hub:
-            raise HubError("models are saved to folders only", remedy="save to a folder, then run: hf upload REPOSITORY FOLDER")
         if not is_main_process:
             return
         tensors = self.state_dict()
@@ -169,6 +176,8 @@ class ModelMixin(ConfigMixin, GradientCheckpointing):
             self.save_config(folder)
             suffix = SAFETENSORS if safe_serialization else PICKLE
             write_weights(tensors, folder, DIFFUSERS, suffix, variant, max_shard_size, save_function)
+        if push_to_hub:
+            publish(type(self).__name__, save_directory, repo_id, commit_message, private, token, create_pr)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -128,7 +128,7 @@ def conditions_of(option: str, value: str, names: Sequence[str], given: Mapping[
     missing = [name for name in names if (given or {}).get(name) is None]
     if missing:
         raise InputError(
-            f"this UNet has {option}={value!r}, which needs {' and '.join(missing)} in added_cond_kwargs",
+            f"this network has {option}={value!r}, which needs {' and '.join(missing)} in added_cond_kwargs",
             found=sorted(given or {}),
             expected=sorted(names),
         )
@@ -202,7 +202,7 @@ def _text_and_numbers(text: Tensor, numbers: Tensor, time_proj: nn.Module | None
     wanted = embedding.get_submodule("linear_1").get_parameter("weight").shape[1]
     if joined.shape[1] != wanted:
         raise InputError(
-            "text_embeds and time_ids in added_cond_kwargs do not make up this UNet's added embedding",
+            "text_embeds and time_ids in added_cond_kwargs do not make up this network's added embedding",
             found=f"{text.shape[1]} of text and {joined.shape[1] - text.shape[1]} of time_ids {tuple(numbers.shape)}",
             expected=f"{wanted} in all",
         )

@@ -7,13 +7,13 @@ AutoPipelineForText2Image.from_pipe(pipe, controlnet=net)   the class of the fam
 
 from __future__ import annotations
 
-import inspect
 import os
 import warnings
 from typing import Any, ClassVar, NamedTuple
 
 from suffuse.configuration import ConfigMixin
 from suffuse.errors import ConfigError, InputError, nearest
+from suffuse.hub.options import HUB_KEYWORDS
 from suffuse.pipelines.pipeline import DiffusionPipeline
 from suffuse.public_names import resolve
 
@@ -59,9 +59,10 @@ class AutoPipeline(ConfigMixin):
         Raises:
             ConfigError: The checkpoint is of no family in the table, or its family has nothing for this task.
         """
-        accepted = inspect.signature(DiffusionPipeline.load_config).parameters
-        where = {name: value for name, value in kwargs.items() if name in accepted}
-        index = DiffusionPipeline.load_config(pretrained_model_or_path, **where)
+        where = {name: value for name, value in kwargs.items() if name in HUB_KEYWORDS}
+        index, commit = DiffusionPipeline.load_config(pretrained_model_or_path, return_commit_hash=True, **where)
+        if commit is not None:
+            kwargs["revision"] = commit  # what the branch was at, though it may move meanwhile
         family = _family(str(index.get("_class_name")), f"{pretrained_model_or_path} was saved as")
         if "controlnet" in kwargs:
             family = _controlled(family, kwargs["controlnet"] is not None)

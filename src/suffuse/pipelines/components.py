@@ -11,6 +11,7 @@ import operator
 from pathlib import Path
 from typing import Any
 
+from suffuse.checkpoints.foreign_code import foreign_sources, write_sources
 from suffuse.checkpoints.layout import DIFFUSERS, PICKLE, Naming
 from suffuse.checkpoints.layout import TRANSFORMERS as TRANSFORMERS_FILES
 from suffuse.checkpoints.saving import write_weights
@@ -84,6 +85,11 @@ def component_class(name: str, entry: Any) -> type[Any]:
     )
 
 
+def is_tabled(library: str) -> bool:
+    """Whether the classes of a library are looked up here, whatever files lie beside the weights."""
+    return library in ("diffusers", "transformers", *(known for known, _ in PIPELINE_MODULES))
+
+
 def check_component(name: str, value: Any) -> None:
     """Raise `ConfigError` unless `value` can be the component `name`, or is None."""
     needed = NEEDED.get(name, ())
@@ -113,6 +119,8 @@ def component_entry(value: Any) -> tuple[str | None, str | None]:
     for (library, class_name), module in PIPELINE_MODULES.items():
         if (kind.__name__, kind.__module__) == (class_name, module):
             return library, class_name
+    if sources := foreign_sources(kind):
+        return next(iter(sources)).removesuffix(".py"), kind.__name__
     root = kind.__module__.split(".")[0]
     return "diffusers" if root == "suffuse" else root, kind.__name__.removesuffix("Pil")
 
@@ -128,13 +136,14 @@ def weights_naming(kind: type[Any]) -> Naming | None:
 
 def load_component(kind: type[Any], folder: Path, **options: Any) -> Any:
     """Load one component from its folder; `torch_dtype`, `variant`, … are for those that hold weights."""
+    loader: Any = kind
     match weights_naming(kind):
-        case None if kind.__module__.startswith("suffuse."):
-            return kind.from_pretrained(folder)
+        case None if issubclass(kind, ConfigMixin) or foreign_sources(kind):
+            return loader.from_pretrained(folder)
         case None:
             return load_processor(kind, folder)
         case naming if naming is DIFFUSERS:
-            return kind.from_pretrained(folder, **options)
+            return loader.from_pretrained(folder, **options)
         case _:
             return load_transformers_model(kind, folder, **options)
 
@@ -147,6 +156,7 @@ def save_component(value: Any, folder: Path, safe_serialization: bool, variant: 
     """
     try:
         _save_component(value, folder, safe_serialization, variant)
+        write_sources(type(value), folder)
     except (SuffuseError, OSError):
         raise
     except Exception as error:  # libraries raise whatever they stumble over

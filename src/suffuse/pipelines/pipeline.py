@@ -10,10 +10,9 @@ import contextlib
 import inspect
 import os
 import threading
-import warnings
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -24,28 +23,36 @@ from tqdm.auto import tqdm
 
 from suffuse.checkpoints.atomic import staged_folder
 from suffuse.checkpoints.checksums import verify_folder
-from suffuse.checkpoints.layout import DIFFUSERS, component_variants, superseded
-from suffuse.checkpoints.weights import parse_dtype
+from suffuse.checkpoints.foreign_code import Trust, write_sources
+from suffuse.checkpoints.layout import superseded
 from suffuse.configuration import ConfigMixin
 from suffuse.diffusion.advance import GuidedStep, step_options
 from suffuse.diffusion.conditioning import Conditioner, Conditioning, Denoiser
 from suffuse.diffusion.guidance import ClassifierFreeGuidance, Guidance
 from suffuse.diffusion.hooks import CallbackOnStepEnd, EndWhen, OnWholeSteps, WatchNumbers
 from suffuse.diffusion.loop import Hook, Step, denoise
-from suffuse.errors import ConfigError, InputError, MissingFileError, nearest, unknown_argument
-from suffuse.files import local_folder, read_json
-from suffuse.memory.offload import execution_device, offload_models, offload_parts, remove_hooks
+from suffuse.errors import ConfigError, InputError, unknown_argument
+from suffuse.hub.options import HUB_KEYWORDS, HubOptions
+from suffuse.hub.publishing import PushToHubMixin, publish
+from suffuse.hub.sources import opened
+from suffuse.memory.placement import Device, Memory
 from suffuse.outputs import BaseOutput
-from suffuse.pipelines.components import (
-    check_component,
-    component_class,
-    component_entry,
-    load_component,
-    save_component,
-    weights_naming,
+from suffuse.pipelines.components import check_component, component_entry, save_component, weights_naming
+from suffuse.pipelines.loading import (
+    CustomPipeline,
+    check_entries,
+    check_keywords,
+    component_classes,
+    fetch_pipeline,
+    load_components,
+    namings_by_files,
+    pipeline_class,
+    place_models,
+    read_index,
 )
+from suffuse.pipelines.placement import PlacedModels
+from suffuse.pipelines.single_file import FromSingleFileMixin
 from suffuse.processing.image import VaeImageProcessor
-from suffuse.public_names import PUBLIC, resolve
 from suffuse.schedulers.scheduler import SchedulerMixin
 
 _Pipeline = TypeVar("_Pipeline", bound="DiffusionPipeline")
@@ -127,19 +134,16 @@ def _of_run(*path: str) -> property:
     )
 
 
-class DiffusionPipeline(ConfigMixin):
+class DiffusionPipeline(FromSingleFileMixin, PlacedModels, ConfigMixin, PushToHubMixin):
     """Components that make something together.
 
     Class attributes:
-        model_cpu_offload_seq: Order in which models are used, "text_encoder->unet->vae".
         _optional_components: Components that may be None.
         _callback_tensor_inputs: Tensors that callbacks may ask for.
     """
 
     config_name = "model_index.json"
-    model_cpu_offload_seq: ClassVar[str] = ""
     _optional_components: ClassVar[list[str]] = []
-    _exclude_from_cpu_offload: ClassVar[list[str]] = []
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
 
     scheduler: Any
@@ -195,20 +199,6 @@ class DiffusionPipeline(ConfigMixin):
         return {name: getattr(self, name) for name in self.component_names()}
 
     @property
-    def _modules_by_name(self) -> dict[str, nn.Module]:
-        return {name: value for name, value in self.components.items() if isinstance(value, nn.Module)}
-
-    @property
-    def device(self) -> torch.device:
-        """Where the first component with parameters is."""
-        return next((p.device for m in self._modules_by_name.values() for p in m.parameters()), torch.device("cpu"))
-
-    @property
-    def _execution_device(self) -> torch.device:
-        """Where the pipeline computes: the accelerator that offloaded models come to, else `device`."""
-        return execution_device(self._modules_by_name.values()) or self.device
-
-    @property
     def dtype(self) -> torch.dtype:
         """The floating point type of the first component with parameters."""
         floating = (p.dtype for m in self._modules_by_name.values() for p in m.parameters() if p.is_floating_point())
@@ -218,133 +208,6 @@ class DiffusionPipeline(ConfigMixin):
     def name_or_path(self) -> str | None:
         """Where the pipeline was loaded from."""
         return self.config.get("_name_or_path")
-
-    def to(
-        self: _Pipeline,
-        *args: Any,
-        torch_dtype: torch.dtype | None = None,
-        torch_device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        device: str | int | torch.device | None = None,
-        silence_dtype_warnings: bool = False,
-    ) -> _Pipeline:
-        """Move every model: `pipe.to("cuda")`, `pipe.to(torch.float16)`, `pipe.to("cuda", torch.float16)`, or by keyword.
-
-        Args:
-            *args: A dtype, a device, both, or a tensor to take both from.
-            torch_dtype: The same as `dtype`.
-            torch_device: The same as `device`.
-            dtype: The floating point type.
-            device: The device.
-            silence_dtype_warnings: No warning for half precision on a CPU.
-
-        Returns:
-            The pipeline itself.
-
-        Raises:
-            InputError: Something that is neither device nor dtype, or a device that is not there; nothing was moved.
-        """
-        dtype, device = dtype or torch_dtype, device if device is not None else torch_device
-        for value in args:
-            if isinstance(value, torch.dtype):
-                dtype = value
-            elif isinstance(value, Tensor):
-                dtype, device = value.dtype, value.device
-            else:
-                device = value
-        target = self._checked_device("to", device) if device is not None else None
-        if target is not None and execution_device(self._modules_by_name.values()) is not None:
-            raise InputError(
-                f"{type(self).__name__}.to: its models are offloaded, and move on their own",
-                remedy="pipe.remove_all_hooks() first; or leave it as it is: it computes on the accelerator",
-            )
-        dtype = parse_dtype(dtype)
-        on_cpu = (target or self.device).type == "cpu"
-        if dtype == torch.float16 and on_cpu and not silence_dtype_warnings:
-            warnings.warn("float16 on a CPU is slow and overflows early: use torch.bfloat16 or torch.float32", stacklevel=2)
-        for module in self._modules_by_name.values():
-            module.to(device=target, dtype=dtype)
-        return self
-
-    def _checked_device(self, method: str, device: str | int | torch.device) -> torch.device:
-        """The device of that name, if it is there and keeps what it is given."""
-        try:
-            target = torch.device(device)
-            torch.empty(0, device=target)
-            if target.type == "meta":
-                raise ValueError("weights would be lost on 'meta'")
-        except (RuntimeError, TypeError, AssertionError, ValueError) as error:
-            raise InputError(
-                f"{type(self).__name__}.{method}: no device {device!r}",
-                found=str(error).split("\n")[0],
-                expected="'cpu', 'cuda', 'cuda:1', 'mps', …",
-            ) from None
-        return target
-
-    # ------------------------------------------------------------ offloading
-
-    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str = "cuda") -> None:
-        """Let the models wait on the CPU: each moves to the accelerator when it is used, and back when the next one is.
-
-        Takes the memory of the largest model instead of all, for little time.
-
-        Args:
-            gpu_id: The number of the accelerator.
-            device: Its kind; with a number, if `gpu_id` is not given.
-
-        Raises:
-            InputError: There is no such device, or two numbers were given.
-            MissingPackageError: accelerate is not installed.
-        """
-        target = self._offload_target("enable_model_cpu_offload", gpu_id, device)
-        models = self._modules_by_name
-        chain = [models.pop(name) for name in self.model_cpu_offload_seq.split("->") if name in models]
-        for name in self._exclude_from_cpu_offload:
-            if name in models:
-                models.pop(name).to(target)
-        self._offloaded = offload_models(chain, models.values(), target)
-
-    def enable_sequential_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str = "cuda") -> None:
-        """Let the weights wait on the CPU: those of each layer move to the accelerator while it computes.
-
-        Takes the least memory of all, and by far the most time.
-
-        Args:
-            gpu_id: The number of the accelerator.
-            device: Its kind; with a number, if `gpu_id` is not given.
-
-        Raises:
-            InputError: There is no such device, or two numbers were given.
-            MissingPackageError: accelerate is not installed.
-        """
-        target = self._offload_target("enable_sequential_cpu_offload", gpu_id, device)
-        for name, model in self._modules_by_name.items():
-            if name in self._exclude_from_cpu_offload:
-                model.to(target)
-            else:
-                offload_parts(model, target)
-
-    def _offload_target(self, method: str, gpu_id: int | None, device: torch.device | str) -> torch.device:
-        """The device to offload from, with all models on the CPU and free of hooks."""
-        target = self._checked_device(method, device)
-        if gpu_id is not None and target.index is not None:
-            raise InputError(f"{method}: gpu_id={gpu_id} and device={device!r} both name a number", remedy="pass one of the two")
-        if target.type != "cpu" and target.index is None:
-            target = self._checked_device(method, f"{target.type}:{gpu_id or 0}")
-        self.remove_all_hooks()
-        self.to("cpu", silence_dtype_warnings=True)
-        return target
-
-    def remove_all_hooks(self) -> None:
-        """End offloading: the models are on the CPU, whole."""
-        for model in self._modules_by_name.values():
-            remove_hooks(model)
-        self._offloaded = []
-
-    def maybe_free_model_hooks(self) -> None:
-        """Send offloaded models back to the CPU; every call of the pipeline ends with it."""
-        for hook in self.__dict__.get("_offloaded", ()):
-            hook.offload()
 
     # ------------------------------------------------------------ loading and saving
 
@@ -357,70 +220,123 @@ class DiffusionPipeline(ConfigMixin):
         variant: str | None = None,
         use_safetensors: bool | None = None,
         low_cpu_mem_usage: bool = True,
+        device_map: Device | Mapping[str, Device] | None = None,
+        max_memory: Memory | None = None,
+        offload_folder: str | os.PathLike[str] | None = None,
+        offload_state_dict: bool | None = None,
         output_loading_info: bool = False,
         strict: bool = False,
         verify: bool = False,
-        **components: Any,
+        use_onnx: bool | None = None,
+        custom_pipeline: str | os.PathLike[str] | None = None,
+        custom_revision: str | None = None,
+        trust_remote_code: bool = False,
+        trust_code: str | Sequence[str] | None = None,
+        **keywords: Any,
     ) -> Any:
-        """Load a pipeline from a folder.
+        """Load a pipeline from a folder, or from a repository of the hub.
 
-        `DiffusionPipeline.from_pretrained` makes the class the folder names; a subclass makes itself of the folder's components.
+        `DiffusionPipeline.from_pretrained` makes the class the checkpoint names; a subclass makes itself of its components.
 
         Args:
-            pretrained_model_name_or_path: The folder with model_index.json.
+            pretrained_model_name_or_path: The folder with model_index.json, or "org/name". Of a repository, only what is needed
+                is fetched: nothing of components that are passed, no second format, no other variant.
             torch_dtype: The floating point type of all models, "auto" for the files' own, or a dictionary by component.
             variant: Load the weights with this infix, "fp16" for example, where a component has them.
             use_safetensors: True refuses anything else, False prefers .bin; safetensors where there are any, if None.
             low_cpu_mem_usage: Kept for its name: weights are always read straight into place.
+            device_map: A device for all models; a device by component; or "balanced", which shares whole models out over the
+                accelerators there are.
+            max_memory: For "balanced": device → bytes, or "10GB" and the like, that may be taken; what is free, if None.
+            offload_folder: Kept for its name: whole models are not sent to disk; a model of its own may be.
+            offload_state_dict: Kept for its name: no weight is in memory twice.
             output_loading_info: Return (pipeline, information) with missing and unexpected tensors by component.
             strict: Raise on what is otherwise one warning: extra components, config entries or tensors.
-            verify: Hold every file against the checksums that `save_pretrained` wrote beside them, first.
-            **components: Components, or None, that replace those of the folder; and values of the pipeline's own configuration.
+            verify: Hold every file against the checksums that `save_pretrained` wrote beside them, first; those of a
+                repository against the hub's, and fetch again what is not right.
+            use_onnx: Fetch ONNX models too.
+            custom_pipeline: A class that is none of suffuse's: a .py file, a folder or a repository with pipeline.py, or the name
+                of a community pipeline. Its code runs only if it is trusted.
+            custom_revision: Of that repository; of a community pipeline, the release, "0.26.3" if None.
+            trust_remote_code: Run whatever Python the checkpoint brings.
+            trust_code: Run the Python of this hash only, "sha256:…", or of these hashes.
+            **keywords: Components, or None, that replace those of the checkpoint; values of the pipeline's own configuration;
+                and the `suffuse.hub.options.HubOptions`.
 
         Raises:
             MissingFileError: No such folder, or a component is not in it.
             ConfigError: model_index.json is not as it should be.
             UnknownArgumentError: A keyword that is neither option nor component.
+            HubError: The hub did not give what was asked for.
+            UntrustedCodeError: The checkpoint wants Python of its own to run; nothing of it was run.
         """
-        folder = local_folder(pretrained_model_name_or_path)
-        if verify:
-            verify_folder(folder)
-        index = read_json(folder / cls.config_name)
-        target = cls if cls is not DiffusionPipeline else _pipeline_class(folder, index)
-        parameters = target.parameters_of_init()
-        for name in components:
-            if name not in parameters:
-                raise unknown_argument(f"{target.__name__}.from_pretrained", name, [*parameters, *_OPTIONS])
-        names = target.component_names()
-        by_name = torch_dtype if isinstance(torch_dtype, dict) else {"default": torch_dtype}
-        for name in by_name.keys() - {*names, "default"}:
-            raise unknown_argument(f"{target.__name__}.from_pretrained: torch_dtype", name, ["default", *names])
-        extra = [name for name in index if not name.startswith("_") and name not in parameters]
-        if extra and strict:
-            raise ConfigError(f"{folder / cls.config_name}: {target.__name__} has no {', '.join(extra)}", expected=names)
-        if extra:
-            warnings.warn(
-                f"{target.__name__} has no use for these entries of {cls.config_name}: {', '.join(extra)}", stacklevel=2
-            )
-        values = {name: index[name] for name in parameters if name in index and name not in names} | components
-        planned = {name: _planned(target, folder, name, index) for name in names if name not in components}
-        classes = {name: kind for name, kind in planned.items() if kind is not None}
-        namings = {name: naming for name, kind in classes.items() if (naming := weights_naming(kind)) is not None}
-        variants = component_variants(folder, namings, variant)
-        information: dict[str, Any] = {}
-        for name, kind in classes.items():
-            options: dict[str, Any] = {"use_safetensors": use_safetensors, "strict": strict, "variant": variants.get(name)}
-            options["torch_dtype"] = by_name.get(name, by_name.get("default"))
-            if namings.get(name) is DIFFUSERS and output_loading_info:
-                values[name], information[name] = load_component(kind, folder / name, output_loading_info=True, **options)
-            else:
-                values[name] = load_component(kind, folder / name, **options)
-        pipe = target(**(dict.fromkeys(planned) | values))
+        hub, components = HubOptions.split(keywords)
+        trust, custom = Trust(trust_remote_code, trust_code), CustomPipeline(custom_pipeline, custom_revision)
+        with opened(pretrained_model_name_or_path, hub, verify=verify) as source:
+            if verify and source.commit is None:
+                verify_folder(source.folder)
+            index = read_index(source)
+            target = pipeline_class(cls, source, index, custom, hub, trust)
+            dtypes = torch_dtype if isinstance(torch_dtype, dict) else {"default": torch_dtype}
+            check_keywords(target, components, dtypes, _options(cls))
+            check_entries(target, source, index, strict)
+            planned = component_classes(target, source, index, components, trust)
+            classes = {name: kind for name, kind in planned.items() if kind is not None}
+            namings = {name: weights_naming(kind) for name, kind in classes.items()}
+            variants = fetch_pipeline(source, namings, variant, use_safetensors, use_onnx)
+        places = place_models(
+            source.folder, [n for n, naming in namings.items() if naming], variant, dtypes, device_map, max_memory
+        )
+        options = {"use_safetensors": use_safetensors, "strict": strict}
+        loaded, information = load_components(source.folder, classes, variants, dtypes, places, output_loading_info, options)
+        written = {n: index[n] for n in target.parameters_of_init() if n in index and n not in target.component_names()}
+        pipe = target(**(dict.fromkeys(planned) | written | components | loaded))
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        pipe.hold_in_place(places)
         return (pipe, information) if output_loading_info else pipe
 
+    @classmethod
+    def download(
+        cls,
+        pretrained_model_name: str | os.PathLike[str],
+        *,
+        variant: str | None = None,
+        use_safetensors: bool | None = None,
+        use_onnx: bool | None = None,
+        **keywords: Any,
+    ) -> str:
+        """Fetch what `from_pretrained` would, without loading it and without running anything.
+
+        Args:
+            pretrained_model_name: "org/name"; a folder is returned as it is.
+            variant: As `from_pretrained` takes it, like the two that follow.
+            use_safetensors: Which format.
+            use_onnx: ONNX models too.
+            **keywords: The `suffuse.hub.options.HubOptions`; and components that will be passed, or None, which are not fetched.
+
+        Returns:
+            The folder, to be given to `from_pretrained`.
+        """
+        hub, components = HubOptions.split(keywords)
+        with opened(pretrained_model_name, hub) as source:
+            index = read_index(source)
+            for name in components:
+                if name not in index or name.startswith("_"):
+                    raise unknown_argument(f"{cls.__name__}.download", name, [*index, *_options(cls)])
+            fetch_pipeline(source, namings_by_files(source, index, components), variant, use_safetensors, use_onnx)
+        return str(source.folder)
+
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], safe_serialization: bool = True, variant: str | None = None
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
     ) -> None:
         """Write the pipeline as a folder that diffusers reads too; the folder is the old one or the new one, never a mixture.
 
@@ -430,9 +346,16 @@ class DiffusionPipeline(ConfigMixin):
             save_directory: The folder; made or replaced.
             safe_serialization: safetensors; False writes .bin pickles.
             variant: An infix for the names of weight files, "fp16" for example.
+            push_to_hub: Publish the folder as well; those that follow are as `push_to_hub()` takes them.
+            repo_id: The name of the folder, if None.
+            commit_message: What the commit says.
+            private: Whether a new repository is private.
+            token: Of the account.
+            create_pr: Propose the change instead of making it.
 
         Raises:
             SaveError: It could not be written; what was there is untouched.
+            HubError: It was written, but the hub did not take it.
         """
         components = self.components
 
@@ -447,6 +370,9 @@ class DiffusionPipeline(ConfigMixin):
                 if value is not None:
                     save_component(value, folder / name, safe_serialization, variant)
             self.save_config(folder)
+            write_sources(type(self), folder, "pipeline")
+        if push_to_hub:
+            publish(type(self).__name__, save_directory, repo_id, commit_message, private, token, create_pr)
 
     @classmethod
     def from_pipe(cls: type[_Pipeline], pipeline: DiffusionPipeline, **kwargs: Any) -> _Pipeline:
@@ -602,39 +528,7 @@ class DiffusionPipeline(ConfigMixin):
         return VaeImageProcessor.numpy_to_pil(images)
 
 
-_OPTIONS = ("torch_dtype", "variant", "use_safetensors", "low_cpu_mem_usage", "output_loading_info", "strict", "verify")
-
-
-def _pipeline_class(folder: Path, index: dict[str, Any]) -> type[Any]:
-    name = index.get("_class_name")
-    pipelines = [
-        known for known, module in PUBLIC.items() if module.startswith("suffuse.pipelines") and known.endswith("Pipeline")
-    ]
-    if name not in pipelines or name == "DiffusionPipeline":
-        close = nearest(str(name), pipelines)
-        raise ConfigError(
-            f"{folder / DiffusionPipeline.config_name}: no pipeline class {name!r}",
-            remedy=f"did you mean {close}?" if close else "load it with the class it was made for",
-        )
-    return resolve(name)
-
-
-def _planned(pipeline: type[DiffusionPipeline], folder: Path, name: str, index: dict[str, Any]) -> type[Any] | None:
-    """The class of a component the folder should hold, or None if it does without."""
-    entry = index.get(name)
-    absent = entry in (None, [None, None])
-    optional = name in pipeline._optional_components or pipeline.parameters_of_init()[name].default is None
-    if absent and (optional or name in index):
-        return None
-    if absent:
-        raise ConfigError(
-            f"{folder / pipeline.config_name} has no component {name!r}, which {pipeline.__name__} needs",
-            remedy=f"pass it: from_pretrained(…, {name}=…)",
-        )
-    if not (folder / name).is_dir():
-        raise MissingFileError(
-            f"no folder {folder / name} for the component {name!r}",
-            found=sorted(p.name for p in folder.iterdir()),
-            remedy=f"fetch it again, or pass the component: from_pretrained(…, {name}=…)",
-        )
-    return component_class(name, entry)
+def _options(cls: type[DiffusionPipeline]) -> list[str]:
+    """The keywords of `from_pretrained` that are no components."""
+    named = inspect.signature(cls.from_pretrained).parameters.values()
+    return [*(p.name for p in named if p.kind is p.KEYWORD_ONLY), *HUB_KEYWORDS]

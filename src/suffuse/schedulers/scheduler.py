@@ -23,6 +23,8 @@ from torch import Tensor
 
 from suffuse.configuration import ConfigMixin
 from suffuse.errors import InputError, unknown_argument
+from suffuse.hub.options import HUB_KEYWORDS
+from suffuse.hub.publishing import PushToHubMixin
 from suffuse.outputs import BaseOutput
 from suffuse.public_names import PUBLIC, resolve
 from suffuse.schedulers.noise_schedule import Array, training_betas
@@ -130,7 +132,7 @@ class _Slots:
         self.own.slot = self.last = slot
 
 
-class SchedulerMixin(ConfigMixin):
+class SchedulerMixin(ConfigMixin, PushToHubMixin):
     """Base of all schedulers: a run is `set_timesteps`, then `scale_model_input`, the model and `step` at every timestep.
 
     `set_timesteps(num_inference_steps, device)` begins a run of so many steps, 1 to `num_train_timesteps`, with `timesteps` on
@@ -320,13 +322,13 @@ class SchedulerMixin(ConfigMixin):
         return_unused_kwargs: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """A scheduler from the `scheduler_config.json` of a folder.
+        """A scheduler from the `scheduler_config.json` of a folder or a repository.
 
         Args:
-            pretrained_model_name_or_path: The folder.
+            pretrained_model_name_or_path: The folder, or "org/name".
             subfolder: A folder inside of it.
             return_unused_kwargs: Return (scheduler, unused) and do not complain about unknown keywords.
-            **kwargs: Configuration values that replace those of the file.
+            **kwargs: Configuration values that replace those of the file; and the `suffuse.hub.options.HubOptions`.
 
         Raises:
             MissingFileError: There is no such file.
@@ -334,16 +336,26 @@ class SchedulerMixin(ConfigMixin):
             UnknownArgumentError: A keyword that is no configuration value.
         """
         known = cls.parameters_of_init()
+        hub = {name: kwargs.pop(name) for name in HUB_KEYWORDS if name in kwargs}
         for name in kwargs:
             if name not in known and not return_unused_kwargs:
-                raise unknown_argument(f"{cls.__name__}.from_pretrained", name, known)
-        config = cls.load_config(pretrained_model_name_or_path, subfolder=subfolder)
+                raise unknown_argument(f"{cls.__name__}.from_pretrained", name, [*known, *HUB_KEYWORDS])
+        config = cls.load_config(pretrained_model_name_or_path, subfolder=subfolder, **hub)
         cls.check_stored(config, pretrained_model_name_or_path)
         return cls.from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write `scheduler_config.json` into a folder, which is made if need be."""
-        self.save_config(save_directory)
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+    ) -> None:
+        """Write `scheduler_config.json` into a folder, which is made if need be; publish it too, with `push_to_hub`."""
+        self.save_config(save_directory, push_to_hub, repo_id, commit_message, private, token, create_pr)
 
 
 def rows(columns: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:

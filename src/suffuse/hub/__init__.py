@@ -1,0 +1,1 @@
+"""Repositories of checkpoints: fetched file by file into the cache that all libraries share, and published."""
