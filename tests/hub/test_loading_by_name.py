@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
 import torch
 from hub_server import TOKEN
+from safetensors.torch import save_file
 
 import suffuse
+from suffuse.conversion.single_file_writer import single_file_tensors
 from suffuse.errors import HubError, InputError, MissingFileError, PathEscapeError, UnknownArgumentError
+from suffuse.memory.plan import Request, plan, survey
 
 NAME = "org/tiny"
 NEEDED = {
@@ -294,3 +298,29 @@ def test_diffusers_loads_what_suffuse_cached(tiny):
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(NAME, local_files_only=True, safety_checker=None)
     assert same(pipe.unet, suffuse.UNet2DConditionModel.from_pretrained(NAME, subfolder="unet", local_files_only=True))
     assert tiny.requests == []
+
+
+def test_a_plan_fetches_configurations_only_and_tells_what_a_load_would_fetch(tiny, tiny_folder):
+    surveyed = survey(NAME)
+    assert sorted(surveyed.fetch) == [
+        "text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
+    ]  # fmt: skip
+    assert surveyed.fetch["unet/diffusion_pytorch_model.safetensors"] == os.path.getsize(
+        tiny_folder / "unet" / "diffusion_pytorch_model.safetensors"
+    )
+    assert not any(name.endswith(".safetensors") for name in tiny.fetched())
+    assert plan(surveyed, Request()).peak == pytest.approx(plan(survey(tiny_folder), Request()).peak, rel=0.01)
+    suffuse.DiffusionPipeline.from_pretrained(NAME)
+    assert survey(NAME).fetch == {}
+
+
+def test_a_single_file_comes_by_its_address(hub, tmp_path):
+    torch.manual_seed(0)
+    vae = suffuse.AutoencoderKL(norm_num_groups=32, block_out_channels=(32,))
+    save_file({n: t.contiguous() for n, t in single_file_tensors({"vae": vae}).items()}, tmp_path / "vae.safetensors")
+    hub.commit("org/files", {"vae.safetensors": (tmp_path / "vae.safetensors").read_bytes()})
+    for address in ("https://huggingface.co/org/files/blob/main/vae.safetensors", "org/files/resolve/main/vae.safetensors"):
+        loaded = suffuse.AutoencoderKL.from_single_file(address)
+        assert torch.equal(loaded.quant_conv.weight, vae.quant_conv.weight)
+    with pytest.raises(MissingFileError, match=r"no file 'unet\.safetensors'"):
+        suffuse.AutoencoderKL.from_single_file("org/files/blob/main/unet.safetensors")

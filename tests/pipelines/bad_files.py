@@ -349,7 +349,10 @@ ROWS: dict[str, Row] = {
     "42 exec": Row(component("builtins", "exec"), ConfigError, "unknown class"),
     "42 a function": Row(component("transformers", "pipeline"), ConfigError, "unknown class"),
     "42 a dotted name": Row(component("os.path", "join"), ConfigError, "unknown class"),
-    "43 a module on the path": Row(component("json", "JSONDecoder"), ConfigError, "unknown class"),
+    "43 a module of Python's own": Row(component("json", "JSONDecoder"), ConfigError, "unknown class"),
+    "43 a module on the path": Row(
+        component("bad_files", "Evil"), UntrustedCodeError, r"bad_files.py(.|\n)*sha256:(.|\n)*trust_remote_code=True"
+    ),
     "44 a component of one's own": Row(
         beside("unet/thing.py", component("thing", "Thing")),
         UntrustedCodeError,

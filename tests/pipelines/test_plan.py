@@ -20,7 +20,7 @@ import suffuse
 from suffuse.cli.main import app
 from suffuse.errors import InputError
 from suffuse.memory.estimate import decoder_activations, unet_activations
-from suffuse.memory.plan import Request, plan, switches, ways_to_fit
+from suffuse.memory.plan import Request, plan, survey, switches, ways_to_fit
 
 PLANNED = ["text", "image", "inpaint", "inpaint9"]
 
@@ -69,7 +69,7 @@ def test_the_peak_of_a_call_is_predicted(task, height, width):
     call(ours, task)  # tables that are kept from call to call are there
     with Alive(ours.unet, ours.vae, ours.text_encoder) as alive:
         ours("a cat", **arguments(task, height, width), num_inference_steps=2, output_type="pt")
-    predicted = plan(folder(task), Request(height, width)).peak
+    predicted = plan(survey(folder(task)), Request(height, width)).peak
     assert predicted == pytest.approx(alive.peak, rel=0.1)
 
 
@@ -103,23 +103,23 @@ def test_tiles_and_slices_are_predicted():
 
 
 def test_every_way_takes_less_than_the_one_before():
-    plans = list(ways_to_fit(folder("text"), Request(256, 256, batch=2)))
+    plans = list(ways_to_fit(survey(folder("text")), Request(256, 256, batch=2)))
     assert [made.peak for made in plans] == sorted((made.peak for made in plans), reverse=True)
     assert switches(plans[0].request) == []
     assert switches(plans[-1].request)[-1] == "pipe.enable_sequential_cpu_offload()"
 
 
 def test_weights_are_those_of_the_files(tmp_path):
-    made = plan(folder("text"), Request(dtype="float32"))
+    made = plan(survey(folder("text")), Request(dtype="float32"))
     _, ours = pair("text")
     models = (ours.unet, ours.vae, ours.text_encoder)
     assert made.weights == pytest.approx(sum(p.nbytes for model in models for p in model.parameters()), rel=0.01)
     copied = shutil.copytree(folder("text"), tmp_path / "model")
     (copied / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
     with pytest.raises(InputError, match="no UNet and autoencoder to plan for"):
-        plan(copied, Request())
+        plan(survey(copied), Request())
     with pytest.raises(InputError, match="none that can be planned for"):
-        plan(folder("text"), Request(dtype="int8"))
+        plan(survey(folder("text")), Request(dtype="int8"))
 
 
 def test_planning_reads_no_weights_and_needs_no_torch(tmp_path):
@@ -129,9 +129,11 @@ def test_planning_reads_no_weights_and_needs_no_torch(tmp_path):
     size = weights.stat().st_size
     os.truncate(weights, header)
     os.truncate(weights, size)  # zeros, where the numbers were
-    code = "import sys; from suffuse.memory.plan import *; print(plan(sys.argv[1], Request()).peak, 'torch' in sys.modules)"
+    code = (
+        "import sys; from suffuse.memory.plan import *; print(plan(survey(sys.argv[1]), Request()).peak, 'torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code, copied], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [str(plan(folder("text"), Request()).peak), "False"]
+    assert done.stdout.split() == [str(plan(survey(folder("text")), Request()).peak), "False"]
 
 
 def test_the_command_says_what_to_switch_on():
@@ -139,7 +141,7 @@ def test_the_command_says_what_to_switch_on():
     told = run(app, ["plan", str(folder("text")), "--size", "256x256", "--vram", "45MB", "--ram", "1GB"])
     assert told.exit_code == 0, told.output
     assert "The least that makes it fit:\n    torch_dtype=torch.bfloat16" in told.output
-    fits = json.loads(run(app, ["plan", str(folder("text")), "--json"]).output)
+    fits = json.loads(run(app, ["plan", str(folder("text")), "--json"]).output)["plans"]
     assert fits[0]["fits"] is True
     assert fits[0]["switches"] == []
     for options, says in (

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from suffuse.checkpoints.layout import DIFFUSERS, Naming, choose_weights, nothing_there, shards_in
+from suffuse.checkpoints.layout import DIFFUSERS, TRANSFORMERS, Naming, choose_weights, nothing_there, shards_in, variants_among
 from suffuse.hub.sources import Source
 
 SETTINGS = (".json", ".txt", ".model")
@@ -23,7 +23,17 @@ class Wanted(NamedTuple):
 
 
 def fetch_components(source: Source, components: Mapping[str, Wanted | None], *more: str, onnx: bool = False) -> None:
-    """Fetch what components need; shard indexes go before the shards they name.
+    """Fetch what components need; see `fetch_settings`.
+
+    Raises:
+        MissingFileError: There are no such weights.
+        HubError: They could not be fetched.
+    """
+    source.fetch(fetch_settings(source, components, *more, onnx=onnx))
+
+
+def fetch_settings(source: Source, components: Mapping[str, Wanted | None], *more: str, onnx: bool = False) -> list[str]:
+    """Fetch the small files that components need, the indexes of shards among them.
 
     Args:
         source: Where the files are.
@@ -31,9 +41,12 @@ def fetch_components(source: Source, components: Mapping[str, Wanted | None], *m
         *more: Further files, fetched if they are there.
         onnx: ONNX models too.
 
+    Returns:
+        The large files they need besides.
+
     Raises:
         MissingFileError: There are no such weights.
-        HubError: They could not be fetched.
+        HubError: The files could not be fetched.
     """
     first = [name for name in more if PurePosixPath(name).name in source.names(_parent(name))]
     indexes: dict[str, str] = {}
@@ -53,7 +66,17 @@ def fetch_components(source: Source, components: Mapping[str, Wanted | None], *m
     source.fetch(name for name in first if not _is_weights(name))
     for folder, index in indexes.items():
         later += [_path(folder, shard) for shard in shards_in(source.folder / folder / index)]
-    source.fetch(later)
+    return later
+
+
+def namings_by_files(source: Source, index: Mapping[str, Any], without: Collection[str]) -> dict[str, Naming | None]:
+    """The components that a model_index.json names, with how their weights are called, as told from the names of the files."""
+    entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and entry != [None, None]}
+    names = {name: source.names(name) for name in entries if not name.startswith("_") and name not in without}
+    return {
+        name: next((n for n in (DIFFUSERS, TRANSFORMERS) if choose_weights(files, n) or variants_among(files, n)), None)
+        for name, files in names.items()
+    }
 
 
 def _path(folder: str, name: str) -> str:

@@ -2,7 +2,7 @@
 
 What is to run is a file and those of its folder that it imports relatively (`from .blocks import Block`). They are read once;
 what was read is hashed, held against the caller's word, and run: a file that changes in between changes nothing. It becomes a
-package of a private name. `sys.path` is neither changed nor asked: a module that merely lies somewhere is never used.
+package of a private name. `sys.path` is not changed, and a module of one's own that lies on it needs the caller's word as well.
 """
 
 from __future__ import annotations
@@ -93,6 +93,15 @@ def load_foreign_class(path: Path, name: str | None, base: type[Any], trust: Tru
             f"{path} does not define {f'a {base.__name__} {name!r}' if name else f'one {base.__name__}'}", found=sorted(own)
         )
     return found[0]
+
+
+def module_on_path(name: str) -> Path | None:
+    """The file of a module of one's own on `sys.path`: no package, and nothing of Python itself. Nothing is imported."""
+    if not name.isidentifier() or name in sys.stdlib_module_names:
+        return None
+    spec = importlib.machinery.PathFinder.find_spec(name)
+    origin = Path(spec.origin) if spec is not None and spec.origin else None
+    return origin if origin is not None and origin.suffix == ".py" and origin.name != "__init__.py" else None
 
 
 def foreign_sources(kind: type[Any]) -> dict[str, bytes] | None:

@@ -15,11 +15,11 @@ from suffuse.checkpoints.inventory import TARGETS
 from suffuse.cli.inspect import size_of
 from suffuse.errors import InputError
 from suffuse.files import parse_size
-from suffuse.memory.plan import Plan, Request, switches, ways_to_fit
+from suffuse.memory.plan import Plan, Request, Survey, survey, switches, ways_to_fit
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="A pipeline's folder.", metavar="MODEL")],
+    model: Annotated[str, typer.Argument(help="A pipeline's folder, or the name of a repository.", metavar="MODEL")],
     size: Annotated[
         str | None, typer.Option(help="Of the picture, WIDTHxHEIGHT; what the model was trained on, if left out.")
     ] = None,
@@ -36,18 +36,31 @@ def plan(
     Examples:
       suffuse plan ./stable-diffusion --size 768x512
       suffuse plan ./stable-diffusion --vram 4GB --batch 4
+      suffuse plan org/name --variant fp16
     """
     width, height = _size(size)
     room = parse_size(ram, "--ram") if ram else _memory_here()
     limit = parse_size(vram, "--vram") if vram else room
     request = Request(height, width, batch, guidance, dtype)
-    plans = [made for made in ways_to_fit(model, request, variant) if vram or made.request.offload == "none"]
+    surveyed = survey(model, variant)
+    plans = [made for made in ways_to_fit(surveyed, request) if vram or made.request.offload == "none"]
     fits = [made.peak <= limit and made.weights <= room for made in plans]
     if as_json:
-        print(json.dumps([_told(made, fit) for made, fit in zip(plans, fits, strict=True)], indent=2))
+        ways = [_told(made, fit) for made, fit in zip(plans, fits, strict=True)]
+        print(json.dumps({"fetch": surveyed.fetch, "plans": ways}, indent=2))
         return
+    _print_fetch(surveyed)
     _print_stages(plans[0])
     _print_ways(plans, fits, limit)
+
+
+def _print_fetch(surveyed: Survey) -> None:
+    if surveyed.fetch:
+        count = len(surveyed.fetch)
+        print(f"to fetch: {size_of(sum(surveyed.fetch.values()))} in {count} file{'s' * (count != 1)}")
+        for name, size in surveyed.fetch.items():
+            print(f"  {size_of(size):>8}  {name}")
+        print()
 
 
 def _print_stages(made: Plan) -> None:

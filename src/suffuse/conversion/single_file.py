@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +18,14 @@ from suffuse.conversion.architecture import LEFT_OUT, Architecture, Part, recogn
 from suffuse.conversion.renamed_source import RenamedSource
 from suffuse.errors import ConfigError, InputError, MissingFileError, MissingPackageError
 from suffuse.files import names_in
+from suffuse.hub.options import HubOptions
+from suffuse.hub.sources import opened
+
+LINK = re.compile(
+    r"(?:https://(?:huggingface\.co|hf\.co|www\.huggingface\.co)/)?"
+    r"(?P<name>[^/:]+/[^/]+)/(?:blob|resolve)/(?P<revision>[^/]+)/(?P<file>[^?]+)(?:\?.*)?"
+)
+"""The address of a file on the hub."""
 
 _SUFFIXES = {".safetensors": SAFETENSORS, ".ckpt": PICKLE, ".pt": PICKLE, ".pth": PICKLE, ".bin": PICKLE}
 
@@ -44,6 +54,25 @@ class SingleFile:
     def tensors(self, part: Part, averaged: bool = False) -> RenamedSource:
         """The tensors of a component, under the names of its model; the running averages of them, if asked so."""
         return RenamedSource(self.source, part, averaged)
+
+
+def fetched(link: str | os.PathLike[str], hub: HubOptions | None = None) -> Path:
+    """The path of a single file: itself, or that of a file of a repository, which is fetched.
+
+    Args:
+        link: A path; or "https://huggingface.co/org/name/blob/main/file.safetensors", with or without the address before.
+        hub: How to fetch; a revision in the link goes before its own.
+
+    Raises:
+        HubError, MissingFileError: The hub did not give it.
+    """
+    match = LINK.fullmatch(str(link))
+    if match is None or os.path.exists(link):
+        return Path(link)
+    options = dataclasses.replace(hub or HubOptions(), revision=match["revision"])
+    with opened(match["name"], options) as source:
+        source.fetch([match["file"]])
+        return source.folder / match["file"]
 
 
 def open_single_file(

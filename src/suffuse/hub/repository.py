@@ -74,6 +74,14 @@ class Repository:
         inside = (name.removeprefix(prefix) for name in self.files if name.startswith(prefix))
         return sorted(name for name in inside if "/" not in name)
 
+    def size(self, name: str) -> int:
+        """Bytes of a file, as the hub told; 0 if it did not."""
+        return remote.size if (remote := self.files.get(name)) else 0
+
+    def is_cached(self, name: str) -> bool:
+        """Whether a file need not be fetched."""
+        return self._is_there(name)
+
     def fetch(self, names: Iterable[str]) -> None:
         """Bring files into the cache, several at a time; those that are there stay.
 

@@ -37,6 +37,14 @@ class Source(Protocol):
         """The names of the files right inside a folder, fetched or not."""
         ...
 
+    def size(self, name: str) -> int:
+        """Bytes of a file, fetched or not; 0 if that is not known."""
+        ...
+
+    def is_cached(self, name: str) -> bool:
+        """Whether a file need not be fetched."""
+        ...
+
     def fetch(self, names: Iterable[str]) -> None:
         """See to it that files, named as paths with slashes, are in the folder."""
         ...
@@ -56,6 +64,14 @@ class LocalFolder:
             check_inside(self.folder, subfolder)
         folder = self.folder / subfolder
         return sorted(entry.name for entry in folder.iterdir() if not entry.is_dir()) if folder.is_dir() else []
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        return (self.folder / name).stat().st_size
+
+    def is_cached(self, name: str) -> bool:
+        """It is here."""
+        return True
 
     def fetch(self, names: Iterable[str]) -> None:
         """Do nothing; what is not there is told by who opens it."""

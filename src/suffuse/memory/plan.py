@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
+from suffuse.checkpoints.fetching import Wanted, fetch_settings, namings_by_files
 from suffuse.checkpoints.inventory import TARGETS, Component, take_inventory
+from suffuse.checkpoints.layout import variants_among
 from suffuse.errors import InputError
 from suffuse.files import read_json
+from suffuse.hub.options import HubOptions
+from suffuse.hub.sources import Source, opened
 from suffuse.memory.estimate import decoder_activations, text_activations, unet_activations
 
 Config = Mapping[str, Any]
@@ -86,31 +89,59 @@ class Plan:
                 return self.weights + max((stage.activations for stage in self.stages), default=0)
 
 
-def plan(folder: str | os.PathLike[str], request: Request, variant: str | None = None) -> Plan:
-    """What drawing with a pipeline of this folder takes.
+@dataclass(frozen=True)
+class Survey:
+    """What is known of a checkpoint before it is read.
+
+    Args:
+        name: A folder, or the name of a repository.
+        components: Its parts; of a repository, sized by the names and sizes of its files.
+        configs: Component → its config.json.
+        fetch: File → bytes, of what a load would still have to fetch.
+    """
+
+    name: str
+    components: Sequence[Component]
+    configs: Mapping[str, Config]
+    fetch: Mapping[str, int]
+
+
+def survey(name: str | os.PathLike[str], variant: str | None = None, hub: HubOptions | None = None) -> Survey:
+    """Look at a checkpoint: of a repository only configurations are fetched, of a folder only headers are read.
 
     Raises:
-        InputError: The type is none of `TARGETS`, or the pipeline has no UNet or autoencoder that this can walk through.
+        HubError: The hub did not give them.
         MissingFileError, ConfigError, CorruptFileError: As of `take_inventory`.
+    """
+    with opened(name, hub) as source:
+        if source.commit is None:
+            components, fetch = take_inventory(source.folder, variant), dict[str, int]()
+        else:
+            components, fetch = _announced(source, variant)
+        folders = {component.name: source.folder / component.name / "config.json" for component in components}
+    return Survey(str(name), components, {n: read_json(p) if p.is_file() else {} for n, p in folders.items()}, fetch)
+
+
+def plan(surveyed: Survey, request: Request) -> Plan:
+    """What drawing with a pipeline takes.
+
+    Raises:
+        InputError: The type is none of `TARGETS`, or the pipeline has no UNet that this can walk through.
     """
     if request.dtype not in TARGETS:
         raise InputError("dtype is none that can be planned for", found=request.dtype, expected=", ".join(TARGETS))
-    components = take_inventory(folder, variant)
-    configs = {c.name: _config(Path(folder) / c.name) for c in components}
-    size = TARGETS[request.dtype]
-    stages = [stage for component in components for stage in _stages(component, configs, request, size)]
+    components, size = surveyed.components, TARGETS[request.dtype]
+    stages = [stage for component in components for stage in _stages(component, surveyed.configs, request, size)]
     if not any(stage.name == "unet" for stage in stages):
         names = ", ".join(component.name for component in components)
-        raise InputError(
-            f"{folder} has no UNet and autoencoder to plan for", found=names, remedy="suffuse inspect shows its parts"
-        )
+        raise InputError(f"{surveyed.name} has no UNet and autoencoder to plan for", found=names, remedy="see suffuse inspect")
     staged = {stage.name for stage in stages}
     waiting = sum(c.memory.get(request.dtype, 0) for c in components if c.name not in staged)
     order = {name: index for index, name in enumerate(("text_encoder", "text_encoder_2", "unet", "vae"))}
     return Plan(request, sorted(stages, key=lambda stage: order.get(stage.name, 9)), waiting)
 
 
-def ways_to_fit(folder: str | os.PathLike[str], request: Request, variant: str | None = None) -> Iterator[Plan]:
+def ways_to_fit(surveyed: Survey, request: Request) -> Iterator[Plan]:
     """Plans that take less and less: as it is, then with each switch on that costs the least time, then the next."""
     half = "bfloat16" if request.dtype == "float32" else request.dtype
     steps: list[dict[str, Any]] = [{}, {"dtype": half}]
@@ -119,7 +150,7 @@ def ways_to_fit(folder: str | os.PathLike[str], request: Request, variant: str |
     seen: set[int] = set()
     for step in steps:
         request = replace(request, **step)
-        made = plan(folder, request, variant)
+        made = plan(surveyed, request)
         if made.peak not in seen:  # a switch that changes nothing is no advice
             seen.add(made.peak)
             yield made
@@ -138,8 +169,23 @@ def switches(request: Request) -> list[str]:
     )
 
 
-def _config(folder: Path) -> Config:
-    return read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+def _announced(source: Source, variant: str | None) -> tuple[list[Component], dict[str, int]]:
+    """The components of a repository, by the names and sizes of its files, and what of it is not here yet."""
+    source.fetch(["model_index.json"])
+    index = read_json(source.folder / "model_index.json")
+    namings = namings_by_files(source, index, ())
+    components: list[Component] = []
+    fetch: dict[str, int] = {}
+    for name, naming in namings.items():
+        own = variant if naming is not None and variant in variants_among(source.names(name), naming) else None
+        large = fetch_settings(source, {name: None if naming is None else Wanted(naming, own)})
+        count = sum(map(source.size, large))
+        # What type the numbers are of stands inside the files: a variant called fp16 says it, and float32 is the rule.
+        width = 2 if own in ("fp16", "bf16") else 4
+        memory = {target: count // width * wide for target, wide in TARGETS.items()}
+        components.append(Component(name, index[name][1], index[name][0], count // width, count, large, memory=memory))
+        fetch |= {file: source.size(file) for file in large if not source.is_cached(file)}
+    return components, fetch
 
 
 def _stages(component: Component, configs: Mapping[str, Config], request: Request, size: int) -> Iterator[Stage]:

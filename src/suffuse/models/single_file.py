@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch
 
 from suffuse.checkpoints.weights import Tolerance, load_weights
-from suffuse.conversion.single_file import SingleFile, open_single_file
+from suffuse.conversion.single_file import SingleFile, fetched, open_single_file
 from suffuse.errors import ConfigError, unknown_argument
+from suffuse.hub.options import HubOptions
 
 
 class SingleFileModelMixin:
@@ -35,17 +36,18 @@ class SingleFileModelMixin:
         strict: bool = False,
         **config: Any,
     ) -> Any:
-        """The model, out of a file of its own or of a whole pipeline; nothing is fetched.
+        """The model, out of a file of its own or of a whole pipeline; nothing but the file is ever fetched.
 
         Args:
-            pretrained_model_link_or_path: The file.
+            pretrained_model_link_or_path: The file, or its address on the hub.
             torch_dtype: Type of the weights: a torch type or its name, "auto" for that of the file, None for float32.
             image_size: What the model was trained on.
             upcast_attention: Compute attention scores in float32.
             original_config_file: The original configuration, if shapes do not tell all: a YAML file, or what it holds.
             extract_ema: Take the running averages of the weights, of files that hold both.
             strict: Unknown tensors are errors, not warnings.
-            **config: Entries of the configuration that replace those told from the file.
+            **config: Entries of the configuration that replace those told from the file; and the
+                `suffuse.hub.options.HubOptions`.
 
         Raises:
             MissingFileError, CorruptFileError, UnsafePickleError: Of the file.
@@ -53,11 +55,12 @@ class SingleFileModelMixin:
             WeightsMismatchError, NonFiniteError: The weights are not whole.
             UnknownArgumentError: A keyword is neither one of these nor an entry of the configuration.
         """
+        hub, config = HubOptions.split(config)
         for name in config:
             if name not in cls.parameters_of_init():  # pyright: ignore[reportAttributeAccessIssue]
                 raise unknown_argument(f"{cls.__name__}.from_single_file", name, cls.parameters_of_init())  # pyright: ignore[reportAttributeAccessIssue]
         file = open_single_file(
-            pretrained_model_link_or_path,
+            fetched(pretrained_model_link_or_path, hub),
             image_size=image_size,
             prediction_type="epsilon",  # of no matter to a model alone
             upcast_attention=upcast_attention,

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from suffuse.checkpoints.fetching import Wanted, fetch_components
-from suffuse.checkpoints.foreign_code import Trust, load_foreign_class
+from suffuse.checkpoints.foreign_code import Trust, load_foreign_class, module_on_path
 from suffuse.checkpoints.inventory import take_inventory
-from suffuse.checkpoints.layout import DIFFUSERS, TRANSFORMERS, Naming, choose_weights, component_variants, variants_among
+from suffuse.checkpoints.layout import DIFFUSERS, Naming, component_variants
 from suffuse.configuration import FORMAT_VERSION
 from suffuse.errors import ConfigError, InputError, MissingFileError, nearest, unknown_argument
 from suffuse.files import read_json
@@ -115,16 +115,6 @@ def fetch_pipeline(
         }
         fetch_components(source, wanted, "README.md", onnx=bool(onnx))
     return variants
-
-
-def namings_by_files(source: Source, index: Mapping[str, Any], without: Collection[str]) -> dict[str, Naming | None]:
-    """The components that a model_index.json names, with how their weights are called, as told from the names of the files."""
-    entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and entry != [None, None]}
-    names = {name: source.names(name) for name in entries if not name.startswith("_") and name not in without}
-    return {
-        name: next((n for n in (DIFFUSERS, TRANSFORMERS) if choose_weights(files, n) or variants_among(files, n)), None)
-        for name, files in names.items()
-    }
 
 
 def load_components(
@@ -258,6 +248,8 @@ def _planned(
     match entry:
         case [str() as module, str() as kind] if not is_tabled(module) and f"{module}.py" in files:
             return load_foreign_class(_module(source, name, module), kind, object, trust)
+        case [str() as module, str() as kind] if not is_tabled(module) and (path := module_on_path(module)):
+            return load_foreign_class(path, kind, object, trust)
         case _:
             return component_class(name, entry)
 

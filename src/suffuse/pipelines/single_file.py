@@ -15,10 +15,11 @@ from suffuse.checkpoints.saving import write_safetensors
 from suffuse.checkpoints.transformers_models import make_transformers_model
 from suffuse.checkpoints.weights import parse_dtype
 from suffuse.conversion.architecture import Part
-from suffuse.conversion.single_file import SingleFile, open_single_file
+from suffuse.conversion.single_file import SingleFile, fetched, open_single_file
 from suffuse.conversion.single_file_writer import single_file_tensors
 from suffuse.conversion.vocabulary import clip_tokenizer
 from suffuse.errors import ConfigError, InputError, WeightsMismatchError, unknown_argument
+from suffuse.hub.options import HubOptions
 from suffuse.models.single_file import load_part
 from suffuse.public_names import PUBLIC, resolve
 
@@ -68,7 +69,8 @@ class FromSingleFileMixin:
         """A pipeline out of one file; `DiffusionPipeline.from_single_file` makes the class the file was trained for.
 
         Args:
-            pretrained_model_link_or_path: A .safetensors file, or a .ckpt, of which only tensors are read.
+            pretrained_model_link_or_path: A .safetensors file, or a .ckpt, of which only tensors are read; or the address of
+                one on the hub, "https://huggingface.co/org/name/blob/main/file.safetensors".
             torch_dtype: The floating point type of all models, "auto" for the file's own; None for float32.
             original_config_file: The original configuration, if shapes do not tell all: a YAML file, or what it holds.
             scheduler_type: "ddim", "pndm", "lms", "heun", "euler", "euler-ancestral" or "dpm"; what the family uses, if None.
@@ -78,7 +80,8 @@ class FromSingleFileMixin:
             extract_ema: Take the running averages of the UNet's weights, of files that hold both.
             load_safety_checker: No file holds one: pass `safety_checker=` and `feature_extractor=` instead.
             strict: Unknown tensors are errors, not warnings.
-            **components: Components, or values of the pipeline's own configuration, that replace those of the file.
+            **components: Components, or values of the pipeline's own configuration, that replace those of the file;
+                and the `suffuse.hub.options.HubOptions`.
 
         Raises:
             MissingFileError, CorruptFileError, UnsafePickleError: Of the file.
@@ -86,12 +89,13 @@ class FromSingleFileMixin:
             WeightsMismatchError, NonFiniteError: The weights are not whole.
             UnknownArgumentError: A keyword is neither one of these nor a component.
         """
+        hub, components = HubOptions.split(components)
         if load_safety_checker and "safety_checker" not in components:
             raise InputError("a single file holds no safety checker", remedy="pass safety_checker=… and feature_extractor=…")
         if scheduler_type is not None and scheduler_type not in SCHEDULERS:
             raise InputError("scheduler_type has the wrong value", found=scheduler_type, expected=", ".join(SCHEDULERS))
         file = open_single_file(
-            pretrained_model_link_or_path,
+            fetched(pretrained_model_link_or_path, hub),
             image_size=image_size,
             prediction_type=prediction_type,
             upcast_attention=upcast_attention,
