@@ -179,8 +179,8 @@ def test_a_known_class_never_runs_what_lies_beside_it(tiny_folder, tmp_path):
 def test_a_module_on_the_path_needs_the_callers_word_too(folder, tmp_path, monkeypatch):
     (tmp_path / "evil_module.py").write_text(TRAP)
     monkeypatch.syspath_prepend(str(tmp_path))
-    rewrite(folder, unet=["evil_module", "Evil"])
-    with pytest.raises(UntrustedCodeError, match=r"evil_module\.py holds Python(.|\n)*trust_code=\"sha256:"):
+    rewrite(folder, unet=["evil_module", "Evil"], _class_name="StableDiffusionPipeline")
+    with pytest.raises(UntrustedCodeError, match=r"evil_module\.py holds Python(.|\n)*trust_code=.sha256:"):
         load(folder)
     assert "evil_module" not in sys.modules
     with pytest.raises(ConfigError, match="this ran"):
