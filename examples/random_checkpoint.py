@@ -72,7 +72,7 @@ def make(folder: Path, channels: int = 4, depth: bool = False) -> None:
         ),
         "vae": suffuse.AutoencoderKL(
             block_out_channels=(16, 16, 32, 32),
-            norm_num_groups=8,
+            norm_num_groups=16,
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
         ),

@@ -176,10 +176,11 @@ def test_a_known_class_never_runs_what_lies_beside_it(tiny_folder, tmp_path):
     assert type(load(folder, trust_remote_code=True)) is suffuse.StableDiffusionPipeline
 
 
-def test_a_module_on_the_path_needs_the_callers_word_too(folder, tmp_path, monkeypatch):
+def test_a_module_on_the_path_needs_the_callers_word_too(tiny_folder, tmp_path, monkeypatch):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
     (tmp_path / "evil_module.py").write_text(TRAP)
     monkeypatch.syspath_prepend(str(tmp_path))
-    rewrite(folder, unet=["evil_module", "Evil"], _class_name="StableDiffusionPipeline")
+    rewrite(folder, unet=["evil_module", "Evil"])
     with pytest.raises(UntrustedCodeError, match=r"evil_module\.py holds Python(.|\n)*trust_code=.sha256:"):
         load(folder)
     assert "evil_module" not in sys.modules

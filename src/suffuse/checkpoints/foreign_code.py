@@ -81,7 +81,9 @@ def load_foreign_class(path: Path, name: str | None, base: type[Any], trust: Tru
             expected=f"one of {', '.join(trust.pins)}" if trust.pins else None,
             remedy=f"read it first; then {pinned} runs exactly this, or trust_remote_code=True whatever is there",
         )
-    module = _run(path, sources, f"{PREFIX}{digest.removeprefix('sha256:')[:16]}")
+    # The same text under another name is another module.
+    identity = hashlib.sha256(f"{digest} {' '.join(sources)}".encode()).hexdigest()[:16]
+    module = _run(path, sources, f"{PREFIX}{identity}")
     own = {
         key: value
         for key, value in vars(module).items()

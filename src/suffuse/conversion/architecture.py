@@ -6,6 +6,7 @@ everywhere, its successors heads of 64 channels; the autoencoder of SDXL has a s
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -200,6 +201,7 @@ def _encoder_half(tensors: Shapes, stated: Config) -> Config:
         "layers_per_block": layers[0] if len(set(layers)) == 1 else layers,
         "down_block_types": ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths],
         "transformer_layers_per_block": depth[0] if len(set(depth)) == 1 else depth,
+        "norm_num_groups": math.gcd(32, *channels),
         "cross_attention_dim": tensors[first].shape[1],
         "use_linear_projection": linear,
         "attention_head_dim": heads if heads > 0 else [max(c // wide, 1) for c in channels] if wide > 0 else 8,
@@ -243,12 +245,14 @@ def _controlnet(tensors: Shapes, prefix: str, stated: Config) -> Part:
 def _autoencoder(tensors: Shapes, prefix: str, xl: bool) -> Part:
     levels = 1 + max(int(name.split(".")[2]) for name in tensors if name.startswith("encoder.down."))
     layers = 1 + max(int(name.split(".")[4]) for name in tensors if name.startswith("encoder.down.0.block."))
+    channels = [tensors[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in range(levels)]
     config: Config = {
         "in_channels": tensors["encoder.conv_in.weight"].shape[1],
         "out_channels": tensors["decoder.conv_out.weight"].shape[0],
         "latent_channels": tensors["decoder.conv_in.weight"].shape[1],
-        "block_out_channels": [tensors[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in range(levels)],
+        "block_out_channels": channels,
         "layers_per_block": layers,
+        "norm_num_groups": math.gcd(32, *channels),
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "scaling_factor": 0.13025 if xl else 0.18215,
