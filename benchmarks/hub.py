@@ -2,8 +2,8 @@
 
     python benchmarks/hub.py --folder /tmp/sd15 --repeats 5
 
-The folder is that of load.py (its autoencoder, 167 MB), made if it is not there. The hub is the stand-in of the tests, on this machine:
-what is timed is our part, one request included, not the network.
+The folder is that of load.py (its autoencoder, 167 MB), made if it is not there. The hub is the stand-in of the tests, on this
+machine: what is timed is our part, one request included, not the network.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import http.server
 import json
@@ -61,6 +62,7 @@ def blob_sha1(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
+@functools.cache
 def sibling(name: str, content: bytes) -> dict:
     entry = {"rfilename": name, "size": len(content), "blobId": blob_sha1(content)}
     if name.endswith(LARGE):
