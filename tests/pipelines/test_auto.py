@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import warnings
 
 import diffusers
 import pytest
+import torch
 from diffusers.pipelines import auto_pipeline
 from tasks import call, difference, folder, pair
 
@@ -106,3 +108,28 @@ def quiet_peer():
         warnings.filterwarnings("ignore", module="diffusers.*")
         warnings.filterwarnings("ignore", category=FutureWarning)
         yield
+
+
+class Combined(suffuse.DiffusionPipeline):
+    """Needs a UNet of its own and one of another checkpoint."""
+
+    _load_connected_pipes = True
+
+    def __init__(self, unet, scheduler, prior_unet, prior_scheduler):
+        self.register_modules(unet=unet, scheduler=scheduler, prior_unet=prior_unet, prior_scheduler=prior_scheduler)
+
+
+@pytest.mark.filterwarnings("ignore:.*no use for")
+def test_a_combined_pipeline_loads_what_the_model_card_names(tmp_path):
+    decoder = shutil.copytree(folder("text"), tmp_path / "decoder")
+    (decoder / "README.md").write_text(f"---\nprior:\n- {folder('text')}\n---\n# A decoder\n")
+    pipe = Combined.from_pretrained(decoder)
+    assert torch.equal(pipe.prior_unet.conv_in.weight, pipe.unet.conv_in.weight)
+    assert pipe.prior_unet is not pipe.unet
+    ours = pipe.unet
+    assert Combined.from_pretrained(decoder, prior_unet=ours, torch_dtype=torch.bfloat16).prior_unet is ours
+    (decoder / "README.md").write_text("---\nprior: 3\n---\n")
+    with pytest.raises(ConfigError, match="prior names no checkpoint"):
+        Combined.from_pretrained(decoder)
+    (decoder / "README.md").unlink()
+    assert Combined.from_pretrained(decoder).prior_unet is None

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from suffuse.pipelines.pipeline import DiffusionPipeline
 
 INDEX = "model_index.json"
+CONNECTED = ("prior",)
+"""Entries of a model card that name another checkpoint, and beginnings of the names of its components."""
 COMMUNITY = "diffusers/community-pipelines-mirror"
 """The dataset that keeps the community's pipelines, in a folder for each release."""
 
@@ -155,6 +157,42 @@ def load_components(
     return loaded, information
 
 
+def connected_components(
+    pipeline: type[DiffusionPipeline], source: Source, given: Collection[str], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The components of other checkpoints that the model card names: "prior: [org/name]" gives `prior_unet` and its like.
+
+    Args:
+        pipeline: The class to make, which says by its components what it takes.
+        source: The checkpoint.
+        given: Components that the caller passes.
+        options: For loading the others.
+
+    Raises:
+        ConfigError: The card is none, or names what is no checkpoint.
+    """
+    from huggingface_hub import ModelCard
+
+    if "README.md" not in source.names():
+        return {}
+    source.fetch(["README.md"])
+    path = source.folder / "README.md"
+    try:
+        card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=False).data.to_dict()
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} has no model card to read: {error}") from None
+    made: dict[str, Any] = {}
+    names = [name for name in pipeline.component_names() if name not in given]
+    for prefix in CONNECTED:
+        others = card.get(prefix)
+        if others and any(name.startswith(f"{prefix}_") for name in names):
+            if not isinstance(others, list) or not isinstance(others[0], str):
+                raise ConfigError(f"{path}: {prefix} names no checkpoint", found=others, expected="a list of org/name")
+            other = resolve("DiffusionPipeline").from_pretrained(others[0], **options)
+            made |= {f"{prefix}_{name}": part for name, part in other.components.items() if f"{prefix}_{name}" in names}
+    return made
+
+
 def place_models(
     folder: Path,
     models: Sequence[str],
@@ -230,6 +268,8 @@ def _planned(
     """The class of a component the checkpoint should hold, or None if it does without."""
     entry = index.get(name)
     absent = entry in (None, [None, None])
+    if absent and pipeline._load_connected_pipes and name.startswith(tuple(f"{prefix}_" for prefix in CONNECTED)):
+        return None
     optional = name in pipeline._optional_components or pipeline.parameters_of_init()[name].default is None
     if absent and (optional or name in index):
         return None

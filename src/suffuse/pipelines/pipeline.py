@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from suffuse.checkpoints.atomic import staged_folder
 from suffuse.checkpoints.checksums import verify_folder
+from suffuse.checkpoints.fetching import namings_by_files
 from suffuse.checkpoints.foreign_code import Trust, write_sources
 from suffuse.checkpoints.layout import superseded
 from suffuse.configuration import ConfigMixin
@@ -43,9 +44,9 @@ from suffuse.pipelines.loading import (
     check_entries,
     check_keywords,
     component_classes,
+    connected_components,
     fetch_pipeline,
     load_components,
-    namings_by_files,
     pipeline_class,
     place_models,
     read_index,
@@ -139,11 +140,13 @@ class DiffusionPipeline(FromSingleFileMixin, PlacedModels, ConfigMixin, PushToHu
 
     Class attributes:
         _optional_components: Components that may be None.
+        _load_connected_pipes: Components may come from other checkpoints, which the model card names.
         _callback_tensor_inputs: Tensors that callbacks may ask for.
     """
 
     config_name = "model_index.json"
     _optional_components: ClassVar[list[str]] = []
+    _load_connected_pipes: ClassVar[bool] = False
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
 
     scheduler: Any
@@ -290,6 +293,9 @@ class DiffusionPipeline(FromSingleFileMixin, PlacedModels, ConfigMixin, PushToHu
         options = {"use_safetensors": use_safetensors, "strict": strict}
         loaded, information = load_components(source.folder, classes, variants, dtypes, places, output_loading_info, options)
         written = {n: index[n] for n in target.parameters_of_init() if n in index and n not in target.component_names()}
+        if target._load_connected_pipes:
+            passed = {**options, **vars(hub), "torch_dtype": torch_dtype, "variant": variant, "device_map": device_map}
+            loaded |= connected_components(target, source, components, passed)
         pipe = target(**(dict.fromkeys(planned) | written | components | loaded))
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         pipe.hold_in_place(places)
@@ -365,7 +371,8 @@ class DiffusionPipeline(FromSingleFileMixin, PlacedModels, ConfigMixin, PushToHu
             naming = weights_naming(type(components[path.parts[0]]))
             return naming is not None and not superseded(naming, variant).fullmatch(path.name)
 
-        with staged_folder(save_directory, keep) as folder:
+        size = sum(tensor.nbytes for model in self._modules_by_name.values() for tensor in model.parameters())
+        with staged_folder(save_directory, keep, size) as folder:
             for name, value in components.items():
                 if value is not None:
                     save_component(value, folder / name, safe_serialization, variant)
