@@ -198,7 +198,7 @@ def test_what_is_wrong_is_said_before_a_model_is_looked_at(case: str) -> None:
     Path("bomb.png").write_bytes(header_of_png(100_000, 100_000))
     before = left_behind()
     options, message = WRONG[case]
-    code, out, err = run("a red door", "--model", "absent", *options)
+    code, out, err = run("a red door", "--model", "./absent", *options)
     assert (code, out) == (1, "")
     assert message in err
     assert left_behind() == before
@@ -236,7 +236,7 @@ def test_what_only_the_library_can_say(options: list[str], message: str) -> None
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        ("absent", [], "'absent' is not a folder here"),
+        ("./absent", [], "'./absent' is not a folder here"),
         (".", [], "no file model_index.json"),
         ({"channels": 9}, [], "is an inpainting model\n  expected: --image and --mask"),
         ({"depth": True}, [], "is a depth-to-image model\n  expected: --image, and no --mask"),
@@ -252,14 +252,14 @@ def test_a_model_that_does_not_fit_the_task(model: object, options: list[str], m
 
 
 def test_errors_are_red() -> None:
-    assert run("x", "--model", "absent", color=True)[2].startswith("\x1b[31m'absent' is not a folder here")
+    assert run("x", "--model", "./absent", color=True)[2].startswith("\x1b[31m'./absent' is not a folder here")
 
 
 @pytest.mark.parametrize(
     ("options", "message"), [(["--stesp", "3"], "--steps"), (["--steps", "0"], "--steps"), (["--seed", "-1"], "--seed")]
 )
 def test_a_mistyped_option_is_told_the_right_one(options: list[str], message: str) -> None:
-    code, out, err = run("x", "--model", "absent", *options)
+    code, out, err = run("x", "--model", "./absent", *options)
     assert (code, out) == (2, "")
     assert message in err.split("Error: ")[1]
 
@@ -281,7 +281,7 @@ def test_a_warning_is_one_line() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "shown"),
-    [(["--help"], "WIDTHxHEIGHT"), (["x", "-m", "absent", "--mask", "m.png"], "--mask is given without --image")],
+    [(["--help"], "WIDTHxHEIGHT"), (["x", "-m", "./absent", "--mask", "m.png"], "--mask is given without --image")],
 )
 def test_help_and_mistakes_do_not_wait_for_torch(arguments: list[str], shown: str) -> None:
     program = (

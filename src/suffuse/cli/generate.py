@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import os
 import re
 import secrets
 import sys
@@ -22,7 +23,15 @@ from suffuse.version import __version__
 if TYPE_CHECKING:
     from PIL import Image
 
-OTHER_MODELS = {"SchedulerMixin", "IPNDMScheduler", "DDIMInverseScheduler", "UnCLIPScheduler"}
+OTHER_MODELS = {
+    "SchedulerMixin",
+    "IPNDMScheduler",
+    "DDIMInverseScheduler",
+    "UnCLIPScheduler",
+    "DPMSolverMultistepInverseScheduler",
+}
+OTHER_MODELS |= {"CMStochasticIterativeScheduler", "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"}
+OTHER_MODELS |= {"FlowMatchEulerDiscreteScheduler"}
 """Schedulers that cannot draw a picture from the checkpoints that this command takes."""
 
 SCHEDULERS = {
@@ -35,16 +44,18 @@ SCHEDULERS = {
 DTYPES = {name: name for name in ("float32", "bfloat16", "float16", "auto")}
 
 TASKS = {
-    (False, False): "StableDiffusionPipeline",
-    (True, False): "StableDiffusionImg2ImgPipeline",
-    (True, True): "StableDiffusionInpaintPipeline",
+    (False, False): "AutoPipelineForText2Image",
+    (True, False): "AutoPipelineForImage2Image",
+    (True, True): "AutoPipelineForInpainting",
 }
-"""(is there a picture, is there a mask) → class."""
+"""(is there a picture, is there a mask) → what picks the class."""
 
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="What the picture should show.")],
-    model: Annotated[Path, typer.Option("--model", "-m", help="Checkpoint folder, the one with model_index.json.")],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Folder with model_index.json, single file, or org/name on the hub.")
+    ],
     output: Annotated[
         str | None,
         typer.Option("--output", "-o", metavar="PATH", help="PNG to write or replace, or a folder for pictures with free names."),
@@ -80,7 +91,7 @@ def generate(
 
     Examples:
       suffuse generate "a lighthouse at dawn" -m stable-diffusion-v1-5 --seed 7
-      suffuse generate "an oil painting" -m stable-diffusion-v1-5 -i photo.jpg
+      suffuse generate "an oil painting" -m dreamlike.safetensors -i photo.jpg
       suffuse generate "a door" -m stable-diffusion-inpainting -i house.png --mask m.png
     """
     # All that can be said without torch, which takes a second to import, is said before.
@@ -119,7 +130,7 @@ def generate(
         "prompt": prompt,
         **call,
         **{name: path.name for name, path in (("image", image), ("mask_image", mask)) if path is not None},
-        "model": model.resolve().name,
+        "model": Path(model).resolve().name if Path(model).exists() else model,
         "pipeline": type(pipe).__name__,
         "scheduler": type(pipe.scheduler).__name__,
         "dtype": str(pipe.dtype).removeprefix("torch."),
@@ -136,23 +147,24 @@ def generate(
         typer.echo(path)
 
 
-def _pipeline(folder: Path, task: str, dtype: str) -> Any:
-    """The pipeline of the folder, as the class of the task; a depth-to-image model has a class of its own."""
+def _pipeline(model: str, task: str, dtype: str) -> Any:
+    """The pipeline of the checkpoint, as the class of the task; a depth-to-image model has a class of its own."""
     import torch
 
     import suffuse
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*without a safety checker.*")
-        pipe = suffuse.DiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype, dtype))
-        kind = type(pipe)
-        if kind.__name__ == "StableDiffusionDepth2ImgPipeline":
-            if task != "StableDiffusionImg2ImgPipeline":
-                raise InputError(f"{folder} is a depth-to-image model", expected="--image, and no --mask")
+        base = suffuse.DiffusionPipeline
+        load = base.from_single_file if os.path.isfile(model) or "/blob/" in model else base.from_pretrained
+        pipe = load(model, torch_dtype=getattr(torch, dtype, dtype))
+        if type(pipe).__name__ == "StableDiffusionDepth2ImgPipeline":
+            if task != "AutoPipelineForImage2Image":
+                raise InputError(f"{model} is a depth-to-image model", expected="--image, and no --mask")
             return pipe
-        if pipe.unet.config.in_channels == 9 and task != "StableDiffusionInpaintPipeline":
-            raise InputError(f"{folder} is an inpainting model", expected="--image and --mask")
-        return pipe if kind.__name__ == task else getattr(suffuse, task).from_pipe(pipe)
+        if pipe.unet.config.in_channels == 9 and task != "AutoPipelineForInpainting":
+            raise InputError(f"{model} is an inpainting model", expected="--image and --mask")
+        return getattr(suffuse, task).from_pipe(pipe)
 
 
 def _device(torch: Any, device: str | None) -> str:
