@@ -150,3 +150,13 @@ def test_a_changed_byte_is_told_when_asked_for(saved):
         with pytest.raises(OSError, match=r"1 files of .* are not what was saved: unet/diffusion_pytorch_model.safetensors"):
             load()
     suffuse.AutoencoderKL.from_pretrained(saved / "vae", verify=True)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_pipeline_is_saved_over_the_folder_it_was_loaded_from(mapped, saved):
+    pipe = suffuse.DiffusionPipeline.from_pretrained(saved)
+    pipe.unet = suffuse.UNet2DConditionModel.from_pretrained(saved, subfolder="unet", disable_mmap=not mapped)
+    before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    pipe.save_pretrained(saved)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in pipe.unet.state_dict().items())
+    assert state(saved) == "old"
