@@ -1,4 +1,4 @@
-"""The four tasks of Stable Diffusion, each with the peer's pipeline and ours on one checkpoint, and what to call them with."""
+"""The tasks of Stable Diffusion and its XL: the peer's pipeline and ours on one checkpoint, and what to call them with."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class Task:
     components: tuple[str, ...] = ()
     channels: int = 4
     asymmetric: bool = False
+    refiner: bool = False
     call: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -61,6 +62,13 @@ TASKS = {
         call=IMAGE | {"mask_image": mask(), "height": 64, "width": 64},
     ),
     "depth": Task("StableDiffusionDepth2ImgPipeline", channels=5, call=IMAGE | {"strength": 0.7}),
+    "xl text": Task("StableDiffusionXLPipeline", call={"height": 64, "width": 48}),
+    "xl image": Task("StableDiffusionXLImg2ImgPipeline", call=IMAGE | {"strength": 0.7}),
+    "xl refiner": Task("StableDiffusionXLImg2ImgPipeline", refiner=True, call=IMAGE | {"strength": 0.7}),
+    "xl inpaint": Task("StableDiffusionXLInpaintPipeline", call=IMAGE | {"mask_image": mask(), "height": 64, "width": 64}),
+    "xl inpaint9": Task(
+        "StableDiffusionXLInpaintPipeline", channels=9, call=IMAGE | {"mask_image": mask(), "height": 64, "width": 64}
+    ),
 }
 
 
@@ -68,6 +76,11 @@ TASKS = {
 def folder(name: str) -> Path:
     """A checkpoint of the task, written by the peer."""
     task, path = TASKS[name], Path(mkdtemp(prefix="suffuse-"))
+    if "xl" in name:
+        parts = tiny.stable_diffusion_xl(path / "tokenizer", task.refiner, task.channels)
+        scored = {} if name == "xl text" else {"requires_aesthetics_score": task.refiner}
+        task.peer(**parts, **scored, add_watermarker=False).save_pretrained(path / "pipeline")
+        return path / "pipeline"
     parts = tiny.stable_diffusion(path / "tokenizer")
     parts["unet"] = tiny.unet(task.channels)
     if task.asymmetric:

@@ -19,13 +19,25 @@ from suffuse.schedulers.scheduler import KarrasDiffusionSchedulers
 diffusers.utils.logging.set_verbosity_error()
 torch.set_num_threads(1)
 
+OTHER = [
+    "CMStochasticIterativeScheduler",
+    "EDMEulerScheduler",
+    "EDMDPMSolverMultistepScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+]
+"""Schedulers of other models than the latent ones: their schedules are of another kind, and tested apart."""
+
+LONERS = ["RePaintScheduler", "ScoreSdeVeScheduler", "ScoreSdeVpScheduler", "KarrasVeScheduler"]
+"""Those whose steps take other arguments than everyone's."""
+
 EVERY = [
     name
     for module, names in MODULES.items()
     for name in names
-    if module.startswith("suffuse.schedulers.") and hasattr(diffusers, name) and name != "SchedulerMixin"
+    if module.startswith("suffuse.schedulers.") and hasattr(diffusers, name) and name not in ("SchedulerMixin", *OTHER, *LONERS)
 ]
-"""Every scheduler of the registry that the peer has."""
+"""Every scheduler of latent models in the registry that the peer has."""
 
 NAMES = [name for name in EVERY if name in KarrasDiffusionSchedulers.__members__]
 """Those that take each other's configurations."""
@@ -90,12 +102,17 @@ def options_of(name: str) -> dict[str, list[Any]]:
         options["variance_type"] = ["fixed_small_log"]
     if name == "DDIMInverseScheduler":
         options["timestep_spacing"] = ["leading", "trailing"]
-    if name == "DDPMScheduler":
+    if name.startswith("DDPM"):
         options["beta_schedule"] = [*options["beta_schedule"], "sigmoid", "laplace"]
     if name == "HeunDiscreteScheduler":
         options["beta_schedule"] = [*options["beta_schedule"], "exp"]
+    if name == "DPMSolverMultistepInverseScheduler":
+        options["algorithm_type"] = ["dpmsolver++", "dpmsolver"]  # the peer's equations with noise give NaN, backwards
     if name.startswith("DPMSolver"):
         options.pop("variance_type")  # here it says what the model returns: tested by itself
+    if name == "SASolverScheduler":
+        options |= {"algorithm_type": ["data_prediction", "noise_prediction"]}
+        options |= {"predictor_order": [1, 2, 3, 4], "corrector_order": [1, 2, 3, 4]}
     if "flow" in kinds:
         options["prediction_type"] = [*options["prediction_type"], "flow_prediction"]
     return options
@@ -104,7 +121,7 @@ def options_of(name: str) -> dict[str, list[Any]]:
 def possible(name: str, config: dict[str, Any]) -> bool:
     """Whether the peer can run this configuration, and without NaN: the other cases have tests of their own."""
     algorithm, kind = config.get("algorithm_type", ""), config.get("prediction_type")
-    noise = algorithm in ("dpmsolver", "sde-dpmsolver") or config.get("predict_x0") is False
+    noise = algorithm in ("dpmsolver", "sde-dpmsolver", "noise_prediction") or config.get("predict_x0") is False
     steps, zero, ladder = config["steps"], config.get("final_sigmas_type") == "zero", config.get("sigmas")
     order, snr = config.get("solver_order", 1), config.get("rescale_betas_zero_snr")
     single, unipc = name == "DPMSolverSinglestepScheduler", name == "UniPCMultistepScheduler"
@@ -115,8 +132,13 @@ def possible(name: str, config: dict[str, Any]) -> bool:
         single and ((noise and config.get("thresholding")) or steps < order),
         unipc and ((config["solver_type"] == "bh1" and zero) or (noise and (zero or config["thresholding"]))),
         unipc and not config["lower_order_final"] and order > 1 and (zero or ladder),
-        name in ("DDIMScheduler", "DDPMScheduler", "LCMScheduler") and snr and kind == "epsilon",
+        name.startswith(("DDIMS", "DDIMP", "DDPM", "LCM", "TCD")) and snr and kind == "epsilon",
         name == "DDIMInverseScheduler" and kind == "sample" and config["set_alpha_to_one"],
+        name == "DPMSolverMultistepInverseScheduler"
+        and order > 1
+        and ladder
+        and not (config["lower_order_final"] and steps < 15),
+        name == "SASolverScheduler" and noise and config["thresholding"],
         name == "UnCLIPScheduler" and steps == 1,
         name == "PNDMScheduler" and (kind == "sample" or (not config["skip_prk_steps"] and steps < 4)),
         name in NO_SAMPLE and kind == "sample",
@@ -167,12 +189,14 @@ def run(scheduler: Any, steps: int | None = None, dtype: torch.dtype = torch.flo
         scheduler.set_timesteps(steps)
     if (scheduler.timesteps == scheduler.timesteps[0]).sum() > 1 and hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # the peer takes the second of equal timesteps, and would run past the end
-    sample = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0)).to(dtype) * scheduler.init_noise_sigma
+    sample = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0)).to(dtype) * getattr(
+        scheduler, "init_noise_sigma", 1.0
+    )
     if "generator" in inspect.signature(scheduler.step).parameters:
         options = {"generator": torch.Generator().manual_seed(1), **options}
     samples = []
     for timestep in scheduler.timesteps:
-        seen = scheduler.scale_model_input(sample, timestep)
+        seen = scheduler.scale_model_input(sample, timestep) if hasattr(scheduler, "scale_model_input") else sample
         sample = scheduler.step(model(seen).to(dtype), timestep, sample.to(dtype), **options).prev_sample
         samples.append(sample)
     return samples

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from scheduler_oracle import EVERY, equal, model, run
+from scheduler_oracle import EVERY, OTHER, equal, model, run
 
 import suffuse
 
-each_scheduler = pytest.mark.parametrize("name", EVERY)
+each_scheduler = pytest.mark.parametrize("name", [*EVERY, *OTHER])
 
 
 def begun(name: str, steps: int = 8, taken: int = 0) -> tuple[Any, torch.Tensor]:

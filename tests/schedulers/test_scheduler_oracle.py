@@ -167,8 +167,9 @@ CUSTOM = {
     ],
     ids=str,
 )
-def test_lcm_schedules(options: dict) -> None:
-    ours, theirs = suffuse.LCMScheduler(), diffusers.LCMScheduler()
+@pytest.mark.parametrize("name", ["LCMScheduler", "TCDScheduler"])
+def test_schedules_of_distilled_models(name: str, options: dict) -> None:
+    ours, theirs = getattr(suffuse, name)(), getattr(diffusers, name)()
     for scheduler in (ours, theirs):
         scheduler.set_timesteps(**options)
     assert equal(ours.timesteps, theirs.timesteps)
@@ -266,7 +267,8 @@ def test_tables_and_attributes_are_the_peers(name: str) -> None:
         ours.set_timesteps(10)
         quiet(theirs.set_timesteps, 10)
         assert ours.init_noise_sigma == theirs.init_noise_sigma
-        assert ours.num_inference_steps == theirs.num_inference_steps == 10
+        assert ours.num_inference_steps == theirs.num_inference_steps
+        assert ours.num_inference_steps == (len(ours.timesteps) if name == "DPMSolverMultistepInverseScheduler" else 10)
 
 
 @each_scheduler
@@ -315,3 +317,27 @@ def test_compatibles_are_the_peers_that_are_here(name: str) -> None:
     ours = {cls.__name__ for cls in getattr(suffuse, name)().compatibles}
     theirs = {cls.__name__ for cls in quiet(getattr(diffusers, name)).compatibles}
     assert ours == (theirs & set(EVERY)) | {name}
+
+
+@pytest.mark.parametrize("name", ["DDIMParallelScheduler", "DDPMParallelScheduler"])
+def test_steps_of_a_batch_at_different_timesteps(name: str) -> None:
+    samples, outputs = torch.randn(2, 5, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+    for config in grid(name)[:20]:
+        ours, theirs = made(suffuse, name, config), quiet(made, diffusers, name, config)
+        for steps in (None, 10) if name == "DDPMParallelScheduler" else (10,):
+            if steps:
+                ours.set_timesteps(steps)
+                theirs.set_timesteps(steps)
+            for timesteps in (theirs.timesteps[[0, 3, 4, 8, -1]], torch.tensor([5, 990, 0, 3, 411])):
+                for dtype in (torch.float32, torch.float16):
+                    given = outputs.to(dtype), timesteps, samples.to(dtype)
+                    assert equal(ours.batch_step_no_noise(*given), theirs.batch_step_no_noise(*given))
+    for scheduler in (ours, theirs):
+        assert scheduler._is_ode_scheduler == (name == "DDIMParallelScheduler")
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7, 1.0])
+def test_tcd_with_more_and_less_noise(eta: float) -> None:
+    for config in grid("TCDScheduler"):
+        if config["steps"] < 17:
+            assert_same_run("TCDScheduler", config, eta=eta)

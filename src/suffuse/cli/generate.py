@@ -27,11 +27,18 @@ OTHER_MODELS = {
     "SchedulerMixin",
     "IPNDMScheduler",
     "DDIMInverseScheduler",
-    "UnCLIPScheduler",
     "DPMSolverMultistepInverseScheduler",
+    "UnCLIPScheduler",
+    "CMStochasticIterativeScheduler",
+    "EDMEulerScheduler",
+    "EDMDPMSolverMultistepScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "RePaintScheduler",
+    "ScoreSdeVeScheduler",
+    "ScoreSdeVpScheduler",
+    "KarrasVeScheduler",
 }
-OTHER_MODELS |= {"CMStochasticIterativeScheduler", "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"}
-OTHER_MODELS |= {"FlowMatchEulerDiscreteScheduler"}
 """Schedulers that cannot draw a picture from the checkpoints that this command takes."""
 
 SCHEDULERS = {

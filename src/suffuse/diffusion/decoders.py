@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from suffuse.diffusion.latents import statistic
+from suffuse.diffusion.precision import in_float32
 from suffuse.errors import NonFiniteError
 
 
-def decode_latents(vae: Any, latents: Tensor, generator: Any = None, **conditions: Tensor) -> Tensor:
+def decode_latents(vae: Any, latents: Tensor, generator: Any = None, upcast: bool = False, **conditions: Tensor) -> Tensor:
     """Decode scaled latents.
 
     Half precision overflows in some autoencoders; where that happens the picture is decoded once more in float32 (the
@@ -21,6 +23,7 @@ def decode_latents(vae: Any, latents: Tensor, generator: Any = None, **condition
         vae: An autoencoder.
         latents: (batch, latent channels, height, width).
         generator: For decoders that draw noise.
+        upcast: Decode in float32 at once, where the autoencoder is known to overflow.
         **conditions: What further the decoder sees; an asymmetric autoencoder takes `image` and `mask`.
 
     Returns:
@@ -29,11 +32,15 @@ def decode_latents(vae: Any, latents: Tensor, generator: Any = None, **condition
     Raises:
         NonFiniteError: The autoencoder gave NaN or infinity in float32 too.
     """
-    scaled = (latents / vae.config.scaling_factor).to(vae.dtype)
-    image = vae.decode(scaled, return_dict=False, generator=generator, **conditions)[0]
+    scaled = _unscaled(vae, latents.float() if upcast else latents).to(torch.float32 if upcast else vae.dtype)
+    told: dict[str, Any] = {"generator": generator, **conditions}
+    if upcast and vae.dtype != torch.float32:
+        image = in_float32(vae, "decode", scaled, return_dict=False, **told)[0]
+    else:
+        image = vae.decode(scaled, return_dict=False, **told)[0]
     if not bool(torch.isfinite(image).all()) and image.dtype in (torch.float16, torch.bfloat16):
         warnings.warn(f"the autoencoder overflowed in {image.dtype}: decoding once more in float32", stacklevel=4)
-        image = _in_float32(vae, scaled, generator, conditions)
+        image = in_float32(vae, "decode", scaled, return_dict=False, **told)[0]
     if not bool(torch.isfinite(image).all()):
         raise NonFiniteError(
             "the autoencoder gave NaN or infinity", found=f"vae in {image.dtype}", remedy="check the weights of the vae"
@@ -41,21 +48,9 @@ def decode_latents(vae: Any, latents: Tensor, generator: Any = None, **condition
     return image
 
 
-def _in_float32(vae: Any, latents: Tensor, generator: Any, conditions: dict[str, Tensor]) -> Tensor:
-    weights = {name: tensor.float() for name, tensor in vae.state_dict().items()}
-    inputs = {name: tensor.float() for name, tensor in conditions.items()}
-    decode = _Decode(vae)
-    return torch.func.functional_call(
-        decode, {f"vae.{name}": tensor for name, tensor in weights.items()}, (latents.float(), generator), inputs
-    )
-
-
-class _Decode(torch.nn.Module):
-    """`vae.decode` as a forward, so that `functional_call` can lend it other weights."""
-
-    def __init__(self, vae: Any) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, latents: Tensor, generator: Any, **conditions: Tensor) -> Tensor:
-        return self.vae.decode(latents, return_dict=False, generator=generator, **conditions)[0]
+def _unscaled(vae: Any, latents: Tensor) -> Tensor:
+    """Latents as the autoencoder made them, from those that the model denoises."""
+    mean, std = (statistic(vae, name, latents) for name in ("latents_mean", "latents_std"))
+    if mean is None or std is None:
+        return latents / vae.config.scaling_factor
+    return latents * std / vae.config.scaling_factor + mean

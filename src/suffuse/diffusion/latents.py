@@ -7,28 +7,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from suffuse.diffusion.precision import in_float32
 from suffuse.errors import InputError
 
 Generators = torch.Generator | list[torch.Generator] | None
 
 
-def encode_image(vae: Any, image: Tensor, generator: Generators = None) -> Tensor:
+def encode_image(vae: Any, image: Tensor, generator: Generators = None, upcast: bool = False) -> Tensor:
     """Sample scaled latents of pictures.
 
     Args:
         vae: An autoencoder.
         image: (batch, 3, height, width) in [-1, 1].
         generator: One for all pictures, or one for each.
+        upcast: Encode in float32, where the autoencoder is known to overflow.
 
     Returns:
         (batch, latent channels, height / factor, width / factor).
     """
-    image = image.to(vae.dtype)
+    dtype = image.dtype
+    image = image.to(torch.float32 if upcast else vae.dtype)
+
+    def encode(pictures: Tensor) -> Any:
+        return in_float32(vae, "encode", pictures) if upcast and vae.dtype != torch.float32 else vae.encode(pictures)
+
     if isinstance(generator, list):
-        latents = torch.cat([_sample(vae.encode(image[i : i + 1]), generator[i]) for i in range(len(image))])
+        latents = torch.cat([_sample(encode(image[i : i + 1]), generator[i]) for i in range(len(image))])
     else:
-        latents = _sample(vae.encode(image), generator)
-    return vae.config.scaling_factor * latents
+        latents = _sample(encode(image), generator)
+    if upcast:
+        latents = latents.to(dtype)
+    mean, std = (statistic(vae, name, latents) for name in ("latents_mean", "latents_std"))
+    if mean is None or std is None:
+        return vae.config.scaling_factor * latents
+    return (latents - mean) * vae.config.scaling_factor / std
+
+
+def statistic(vae: Any, name: str, like: Tensor) -> Tensor | None:
+    """What the configuration of an autoencoder says of each channel, (1, channels, 1, 1) as `like`; None if it does not."""
+    value = vae.config.get(name)
+    return None if value is None else torch.tensor(value).view(1, -1, 1, 1).to(like.device, like.dtype)
 
 
 def repeats(batch: int, values: Tensor, name: str) -> int:

@@ -42,6 +42,66 @@ def encode_text(
         InputError: `length` is more than the encoder has positions for.
         NonFiniteError: The encoder gave NaN or infinity even in float32.
     """
+    ids, mask = _tokens(texts, tokenizer, text_encoder, device, length)
+    if clip_skip is None:
+        states = text_encoder(ids, attention_mask=mask)[0]
+    else:
+        output = text_encoder(ids, attention_mask=mask, output_hidden_states=True)
+        norm = getattr(text_encoder, "text_model", text_encoder).final_layer_norm
+        states = norm(output.hidden_states[-(clip_skip + 1)])
+    check_finite(states)
+    return states
+
+
+def encode_text_and_pool(
+    texts: list[str], tokenizer: Any, text_encoder: Any, device: torch.device, *, length: int | None = None, clip_skip: int = 0
+) -> tuple[Tensor, Tensor | None]:
+    """Hidden states before the last layer, and one vector for each text, as Stable Diffusion XL sees them.
+
+    Args:
+        texts: One text a picture.
+        tokenizer: A CLIP tokenizer.
+        text_encoder: A CLIP text model, with a projection or without.
+        device: Where the text encoder computes.
+        length: Tokens to pad or cut to; the tokenizer's maximum if None.
+        clip_skip: How many more of the last layers to leave out.
+
+    Returns:
+        (len(texts), length, width), and (len(texts), projection) of an encoder that has a projection.
+
+    Raises:
+        InputError: `length` is more than the encoder has positions for.
+        NonFiniteError: The encoder gave NaN or infinity.
+    """
+    ids, mask = _tokens(texts, tokenizer, text_encoder, device, length)
+    output = text_encoder(ids, attention_mask=mask, output_hidden_states=True)
+    states, pooled = output.hidden_states[-(clip_skip + 2)], output[0] if output[0].ndim == 2 else None
+    for tensor in (states, pooled):
+        if tensor is not None:
+            check_finite(tensor)
+    return states, pooled
+
+
+def check_finite(states: Tensor) -> None:
+    """Raise `NonFiniteError` if a text encoder gave NaN or infinity."""
+    if not bool(torch.isfinite(states).all()):
+        raise NonFiniteError(
+            "the text encoder gave NaN or infinity",
+            found=f"text_encoder computes in {states.dtype}",
+            remedy="load it in torch.float32 or torch.bfloat16, or check its weights",
+        )
+
+
+def repeat_rows(rows: Tensor, times: int) -> Tensor:
+    """(batch, length, width) → (batch · times, length, width): each row `times` over, beside itself."""
+    batch, length, _ = rows.shape
+    return rows.repeat(1, times, 1).view(batch * times, length, -1)
+
+
+def _tokens(
+    texts: list[str], tokenizer: Any, text_encoder: Any, device: torch.device, length: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """(token numbers, attention mask of an encoder that uses one)."""
     length = length if length is not None else int(tokenizer.model_max_length)
     positions = getattr(text_encoder.config, "max_position_embeddings", length)
     if length > positions:
@@ -55,26 +115,7 @@ def encode_text(
         counts = [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False).input_ids]
     _warn_of_cut(counts, length)
     mask = tokens.attention_mask.to(device) if getattr(text_encoder.config, "use_attention_mask", False) else None
-    ids = tokens.input_ids.to(device)
-    if clip_skip is None:
-        states = text_encoder(ids, attention_mask=mask)[0]
-    else:
-        output = text_encoder(ids, attention_mask=mask, output_hidden_states=True)
-        norm = getattr(text_encoder, "text_model", text_encoder).final_layer_norm
-        states = norm(output.hidden_states[-(clip_skip + 1)])
-    if not bool(torch.isfinite(states).all()):
-        raise NonFiniteError(
-            "the text encoder gave NaN or infinity",
-            found=f"text_encoder computes in {states.dtype}",
-            remedy="load it in torch.float32 or torch.bfloat16, or check its weights",
-        )
-    return states
-
-
-def repeat_rows(rows: Tensor, times: int) -> Tensor:
-    """(batch, length, width) → (batch · times, length, width): each row `times` over, beside itself."""
-    batch, length, _ = rows.shape
-    return rows.repeat(1, times, 1).view(batch * times, length, -1)
+    return tokens.input_ids.to(device), mask
 
 
 def _warn_of_cut(counts: list[int], length: int) -> None:
@@ -82,5 +123,5 @@ def _warn_of_cut(counts: list[int], length: int) -> None:
         if count > length:
             warnings.warn(
                 f"prompt {index} has {count} tokens and the text encoder reads {length}: the last {count - length} are ignored",
-                stacklevel=6,
+                stacklevel=7,
             )

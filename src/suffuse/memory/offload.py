@@ -71,6 +71,15 @@ def remove_hooks(model: nn.Module) -> None:
     remove_hook_from_module(model, recurse=True)
 
 
+def gathered_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of a model; on the CPU if its parts wait elsewhere."""
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        return model.state_dict()
+    from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+    return get_state_dict_offloaded_model(model)
+
+
 def execution_device(models: Iterable[nn.Module]) -> torch.device | None:
     """Where offloaded models compute; None if none is offloaded."""
     for model in models:

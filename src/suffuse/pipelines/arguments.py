@@ -111,6 +111,26 @@ def size(name: str, value: Any) -> None:
         raise LimitError(f"{name}={value} is too large", expected=f"at most {MAX_PIXELS} pixels a picture")
 
 
+def two(low: int) -> Check:
+    """Two whole numbers of at least `low`: rows and columns, or top and left."""
+
+    def check(name: str, value: Any) -> None:
+        if not isinstance(value, list) or len(value) != 2:
+            raise InputError(f"{name} must be two whole numbers", found=_shown(value), expected="(rows, columns)")
+        for item in value:
+            whole(low)(name, item)
+
+    return check
+
+
+def fraction(name: str, value: Any) -> None:
+    """None, or a part of the way: a number above 0 and at most 1."""
+    if value is not None:
+        number(0, 1)(name, value)
+        if value == 0:
+            raise InputError(f"{name}=0 is no part of the way", expected="a number above 0 and at most 1, or None")
+
+
 def generators(name: str, value: Any) -> None:
     """None, a torch.Generator, or a list of them."""
     items = value if isinstance(value, list) and value else [value]
@@ -175,6 +195,10 @@ ARGUMENTS: dict[str, Argument] = {
     "negative_prompt": Argument("What it should not show; a text, or one for each prompt. Used with guidance only.", texts),
     "prompt_embeds": Argument("(batch, tokens, width): encoded prompts, instead of `prompt`.", tensor(dimensions=3)),
     "negative_prompt_embeds": Argument("(batch, tokens, width): encoded negative prompts.", tensor(dimensions=3)),
+    "prompt_2": Argument("What the second text encoder reads; `prompt`, if None.", texts),
+    "negative_prompt_2": Argument("What the second text encoder reads as negative prompt; `negative_prompt`, if None.", texts),
+    "pooled_prompt_embeds": Argument("(batch, width): the prompts' one vector each, with `prompt_embeds`.", tensor(dimensions=2)),
+    "negative_pooled_prompt_embeds": Argument("(batch, width): the same of `negative_prompt_embeds`.", tensor(dimensions=2)),
     "image": Argument("The picture to start from: PIL, array in [0, 1] or uint8, tensor in [0, 1], or a list of one kind."),
     "mask_image": Argument("Where to paint: white is painted anew, black is kept. Of the aspect of `image`."),
     "masked_image_latents": Argument(
@@ -194,6 +218,23 @@ ARGUMENTS: dict[str, Argument] = {
     "guidance_scale": Argument("How much to favour the prompt over the unconditional picture; 1 or less: not at all.", number()),
     "guidance_rescale": Argument("Bring guided predictions back to their natural contrast, in [0, 1].", number(0, 1)),
     "num_images_per_prompt": Argument("Pictures for each prompt, 1 to 1024.", whole(1, 1024)),
+    "denoising_start": Argument(
+        "The part of the way, in (0, 1], that another pipeline has gone already: `image` is what it left.", fraction
+    ),
+    "denoising_end": Argument("The part of the way, in (0, 1], to go; the rest is another pipeline's.", fraction),
+    "original_size": Argument(
+        "(height, width) the picture is to look as if it had before it was scaled; its own, if None.", optional(two(1))
+    ),
+    "crops_coords_top_left": Argument("(top, left) it is to look as if it was cropped at; (0, 0) for well centred.", two(0)),
+    "target_size": Argument("(height, width) it is to look as if it was scaled to; its own, if None.", optional(two(1))),
+    "negative_original_size": Argument("The same as `original_size`, of what it should not look like.", optional(two(1))),
+    "negative_crops_coords_top_left": Argument(
+        "The same as `crops_coords_top_left`, of what it should not look like; counts once it or a negative size is given.",
+        two(0),
+    ),
+    "negative_target_size": Argument("The same as `target_size`, of what it should not look like.", optional(two(1))),
+    "aesthetic_score": Argument("How much people should like the picture, about 0 to 10; for refiners.", number()),
+    "negative_aesthetic_score": Argument("How little they like what it should not look like.", number()),
     "eta": Argument("Noise added in each step, for schedulers that take it: 0 DDIM, 1 DDPM.", number(0, 1)),
     "generator": Argument(
         "The source of noise; the same seed gives the same picture. One, or a list of one a picture.", generators
@@ -252,6 +293,25 @@ def check_prompts(arguments: Mapping[str, Any]) -> None:
         raise InputError(
             f"{name} has {len(given)} entries for {count} prompts", remedy="pass one for each prompt, or one text for all"
         )
+
+
+def check_second_prompts(arguments: Mapping[str, Any]) -> None:
+    """Raise `InputError` unless what a second text encoder is told goes with what the first is told."""
+    prompt, embeds = arguments["prompt"], arguments["prompt_embeds"]
+    count = len(prompt) if isinstance(prompt, list) else 1 if embeds is None else len(embeds)
+    for sign in ("", "negative_"):
+        second, states = arguments.get(f"{sign}prompt_2"), arguments[f"{sign}prompt_embeds"]
+        pooled = arguments.get(f"{sign}pooled_prompt_embeds")
+        if second is not None and states is not None:
+            raise InputError(f"{sign}prompt_2 and {sign}prompt_embeds are both given", remedy="pass one of the two")
+        if f"{sign}pooled_prompt_embeds" in arguments and states is not None and pooled is None:
+            raise InputError(
+                f"{sign}prompt_embeds are given without {sign}pooled_prompt_embeds",
+                remedy="pass both, as encode_prompt returns them",
+            )
+        for name, value in ((f"{sign}prompt_2", second), (f"{sign}pooled_prompt_embeds", pooled)):
+            if value is not None and not isinstance(value, str) and len(value) != count:
+                raise InputError(f"{name} has {len(value)} entries for {count} prompts", remedy="pass one for each prompt")
 
 
 def check_callback_names(pipe: Any, arguments: Mapping[str, Any]) -> None:
@@ -315,6 +375,7 @@ def recipe(call: _Call) -> _Call:
             ARGUMENTS[name].check(name, value)
         check_components(self, arguments)
         check_prompts(arguments)
+        check_second_prompts(arguments)
         check_callback_names(self, arguments)
         with self.running(arguments), torch.no_grad():
             return call(self, **arguments)

@@ -30,6 +30,9 @@ class Family(NamedTuple):
 
 FAMILIES: tuple[Family, ...] = (
     Family("Stable Diffusion", "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
+    Family(
+        "Stable Diffusion XL", "StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"
+    ),
 )
 """Every family of which a task can be asked; those that take a ControlNet stand in a row of their own, under the same name."""
 

@@ -59,6 +59,15 @@ class DDIMScheduler(VariancePreservingScheduler):
         left = (1 - alpha_prev - sigma**2).clamp(min=0) ** 0.5  # with eta=1 and little signal, rounding can take it below 0
         return torch.stack([alpha**0.5, noise**0.5, alpha_prev**0.5, left, sigma], dim=1)
 
+    def _parts(
+        self, model_output: Tensor, sample: Tensor, signal: Tensor, noise: Tensor, again: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """`x_0`, bounded as configured, and epsilon, derived from it `again` or not."""
+        kind = self.config["prediction_type"]
+        x0, epsilon = X0[kind](sample, model_output, signal, noise), EPSILON[kind](sample, model_output, signal, noise)
+        x0 = self._bounded(x0)
+        return x0, epsilon_of_x0(sample, x0, signal, noise) if again else epsilon
+
     def step(
         self,
         model_output: Tensor,
@@ -82,11 +91,7 @@ class DDIMScheduler(VariancePreservingScheduler):
         memory, t = self.memory, self._training_timestep(timestep)
         gap = len(self) // memory.num_inference_steps
         signal, noise, signal_prev, direction, sigma = self._row_at(t, self._factors, gap, eta)
-        kind = self.config["prediction_type"]
-        x0, epsilon = X0[kind](sample, model_output, signal, noise), EPSILON[kind](sample, model_output, signal, noise)
-        x0 = self._bounded(x0)
-        if use_clipped_model_output:
-            epsilon = epsilon_of_x0(sample, x0, signal, noise)
+        x0, epsilon = self._parts(model_output, sample, signal, noise, use_clipped_model_output)
         previous = signal_prev * x0 + direction * epsilon
         if eta > 0:
             if variance_noise is None:

@@ -71,10 +71,8 @@ class DDPMScheduler(VariancePreservingScheduler):
         t = self.timesteps.cpu()
         previous, alpha_bar = torch.cat([t[1:], torch.tensor([-1])]), self.alphas_cumprod.cpu()
         bar, bar_prev = alpha_bar[t], torch.cat([alpha_bar[t[1:]], torch.tensor([1.0])])
-        noise, noise_prev = 1 - bar, 1 - bar_prev
-        alpha = bar / bar_prev
-        beta = 1 - alpha
-        small = torch.clamp(noise_prev / noise * beta, min=1e-20)
+        beta = 1 - bar / bar_prev
+        small = torch.clamp((1 - bar_prev) / (1 - bar) * beta, min=1e-20)
         scales = {
             "fixed_small": lambda: small**0.5,
             "fixed_small_log": lambda: torch.exp(0.5 * torch.log(small)),
@@ -82,17 +80,7 @@ class DDPMScheduler(VariancePreservingScheduler):
             "fixed_large_log": lambda: torch.exp(0.5 * torch.log(beta)),
         }
         deviation = scales.get(self.config["variance_type"], lambda: small)()
-        columns = rows(
-            (
-                bar**0.5,
-                noise**0.5,
-                bar_prev**0.5 * beta / noise,
-                alpha**0.5 * noise_prev / noise,
-                deviation,
-                torch.log(small),
-                torch.log(beta),
-            )
-        )
+        columns = rows((*posterior(bar, bar_prev), deviation, torch.log(small), torch.log(beta)))
         return {now: (before, *row) for now, before, row in zip(t.tolist(), previous.tolist(), columns, strict=True)}
 
     def step(
@@ -128,3 +116,9 @@ class DDPMScheduler(VariancePreservingScheduler):
             drawn = randn_tensor(model_output.shape, generator, model_output.device, model_output.dtype)
             previous = previous + deviation * drawn
         return stepped(return_dict, previous, x0)
+
+
+def posterior(bar: Tensor, bar_prev: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of a step from `alpha_bar_t` to `alpha_bar_{t-1}`: signal and noise before it, and the weights of x_0 and x_t in its mean."""
+    noise, alpha = 1 - bar, bar / bar_prev
+    return bar**0.5, noise**0.5, bar_prev**0.5 * (1 - alpha) / noise, alpha**0.5 * (1 - bar_prev) / noise

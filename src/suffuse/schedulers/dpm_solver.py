@@ -75,7 +75,7 @@ def _data_sde(alpha_t: Tensor, sigma_t: Tensor, alpha_s: Tensor, sigma_s: Tensor
         midpoint=0.5 * (alpha_t * lost),
         heun=alpha_t * (lost / (-2.0 * h) + 1.0),
         c_2=alpha_t * ((lost - 2.0 * h) / (2.0 * h) ** 2 - 0.5),
-        c_z=sigma_t * torch.sqrt(lost),
+        c_z=sigma_t * torch.sqrt(lost.clamp(min=0)),  # where the last sigma stands twice, rounding can take it below
     )
 
 
@@ -104,7 +104,7 @@ def check(name: str, config: Any) -> None:
     INTEGRATORS[algorithm]
     if config["solver_order"] not in (1, 2, 3):
         raise ConfigError(f"{name}: solver_order is not possible", found=config["solver_order"], expected="1, 2 or 3")
-    if algorithm not in DATA and config["final_sigmas_type"] == "zero":
+    if algorithm not in DATA and config.get("final_sigmas_type") == "zero":
         raise ConfigError(
             f"{name}: algorithm_type={algorithm!r} cannot end at sigma 0", remedy="use final_sigmas_type='sigma_min'"
         )

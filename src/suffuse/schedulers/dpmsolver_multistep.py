@@ -111,9 +111,20 @@ class DPMSolverMultistepScheduler(LogSnrScheduler):
         """How many outputs to use at this step: fewer at both ends of a run."""
         config, total = self.config, len(memory.timesteps)
         left, short = total - memory.step_index, config["lower_order_final"] and total < 15
-        if left == 1 and (short or config["euler_at_final"] or config["final_sigmas_type"] == "zero"):
+        if left == 1 and (short or config["euler_at_final"] or config.get("final_sigmas_type") == "zero"):
+            return 1
+        if left == 1 and memory.derive("stays", self._stays, memory):
             return 1
         return min(memory.lower_order_nums, config["solver_order"], 2 if left == 2 and short else 3)
+
+    def _stays(self, memory: Any) -> bool:
+        """Whether the last sigma stands twice, so that the last step has no length to divide by."""
+        lamda = self._path(memory)[2]
+        return bool(lamda[-1] == lamda[-2])
+
+    def _type(self, output: Tensor) -> torch.dtype:
+        """The type to add up a step in."""
+        return torch.float32
 
     def step(
         self,
@@ -132,12 +143,12 @@ class DPMSolverMultistepScheduler(LogSnrScheduler):
         noise = None
         if self.config["algorithm_type"].startswith("sde"):
             if variance_noise is None:
-                noise = randn_tensor(output.shape, generator, output.device, torch.float32)
+                noise = randn_tensor(output.shape, generator, output.device, self._type(output))
             else:
-                noise = variance_noise.to(output.device, torch.float32)
+                noise = variance_noise.to(output.device, self._type(output))
         memory.model_outputs = [*memory.model_outputs[1:], output]
         memory.lower_order_nums = min(memory.lower_order_nums + 1, self.config["solver_order"])
         order = self._order(memory)
-        previous = self._update(memory.model_outputs[-order:], sample.to(torch.float32), noise)
+        previous = self._update(memory.model_outputs[-order:], sample.to(self._type(output)), noise)
         memory.step_index += 1
         return stepped(return_dict, previous.to(output.dtype))

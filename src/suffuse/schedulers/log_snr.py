@@ -145,9 +145,13 @@ class LogSnrScheduler(SchedulerMixin):
         if ladder == "use_flow_sigmas":
             sigmas = flow_sigmas(count, len(self), shift)
             return sigmas, sigmas * len(self)
-        sigmas = respaced_sigmas(self.config, ladder, training[::-1], count)
+        sigmas = respaced_sigmas(self.config, ladder, self._ends(training), count)
         fractional = timesteps_of(sigmas, training)
         return sigmas, fractional.round() if self._rounds(ladder) else fractional
+
+    def _ends(self, training: Array) -> Array:
+        """The sigmas of training in the order of the run, which goes from the first to the last."""
+        return training[::-1]
 
     def _rounds(self, ladder: str) -> bool:
         """Whether the timesteps of this kind of sigmas are rounded, not cut off."""

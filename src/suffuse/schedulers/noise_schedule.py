@@ -199,7 +199,11 @@ def check_one_given(**given: Any) -> None:
 
 def karras_sigmas(high: float, low: float, count: int, rho: float = 7.0) -> Array:
     """Dense at low noise (Karras et al., 2022, equation 5)."""
-    ramp = np.linspace(0, 1, count)
+    return karras_sigmas_at(np.linspace(0, 1, count), high, low, rho)
+
+
+def karras_sigmas_at(ramp: Any, high: float, low: float, rho: float = 7.0) -> Any:
+    """The same at the places `ramp` between `high` (0) and `low` (1), an array or a tensor."""
     top, bottom = float(high) ** (1 / rho), float(low) ** (1 / rho)
     return (top + ramp * (bottom - top)) ** rho
 
@@ -272,8 +276,8 @@ def flow_sigmas(count: int, train: int, shift: float) -> Array:
     return np.flip(shifted(shares, shift))[:-1].copy()
 
 
-def shifted(shares: Array, shift: float) -> Array:
-    """Noise shares in [0, 1] after the change of resolution `shift`."""
+def shifted(shares: Any, shift: float) -> Any:
+    """Noise shares in [0, 1] after the change of resolution `shift`; an array or a tensor."""
     return shift * shares / (1 + (shift - 1) * shares)
 
 

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from suffuse.schedulers.scheduler import SchedulerMixin
 
 PROMPTS = ("prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds")
+ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+"""Text encoder → the tokenizer that goes with it."""
 
 
 @dataclass
@@ -54,6 +56,8 @@ class StableDiffusionBase(DiffusionPipeline):
 
     _scheduler_settings: ClassVar[dict[str, Any]] = {"steps_offset": 1, "clip_sample": False}
     """What Stable Diffusion was trained with, and old checkpoints get wrong."""
+    _upcast_types: ClassVar[dict[str, tuple[torch.dtype, ...]]] = {"encode": (), "decode": ()}
+    """Types in which an autoencoder with `force_upcast` is not trusted to encode or decode; it then computes in float32."""
 
     vae: Any
     text_encoder: Any
@@ -261,17 +265,29 @@ class StableDiffusionBase(DiffusionPipeline):
         image = image.to(device=self._execution_device, dtype=dtype)
         if image.shape[1] == self.latent_channels:
             return image
-        return encode_image(self.vae, image, self._run.arguments["generator"]).to(dtype)
+        return encode_image(self.vae, image, self._run.arguments["generator"], self.upcasts("encode")).to(dtype)
 
-    def noised(self, pictures: Tensor, timestep: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
-        """Latents of pictures at the noise level of a timestep (1,), for each of the batch."""
+    def upcasts(self, method: str) -> bool:
+        """Whether the autoencoder is to encode or decode in float32, whatever its own type is."""
+        return self.vae.config.get("force_upcast", False) and self.vae.dtype in self._upcast_types[method]
+
+    def clean(self, pictures: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
+        """Latents of pictures, for each of the batch."""
         check_batch("generator", self._run.arguments["generator"], batch)
         if isinstance(self._run.arguments["generator"], list):
             pictures = torch.cat([pictures] * repeats(batch, pictures, "image"))
         times = repeats(batch, pictures, "image")
-        clean = torch.cat([self.encode_pictures(pictures, dtype)] * times)
+        return torch.cat([self.encode_pictures(pictures, dtype)] * times)
+
+    def noised(self, pictures: Tensor, timestep: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
+        """Latents of pictures at the noise level of a timestep (1,), for each of the batch."""
+        clean = self.clean(pictures, batch, dtype)
         noise = randn_tensor(clean.shape, generator=self._run.arguments["generator"], device=self._execution_device, dtype=dtype)
         return self._run.scheduler.add_noise(clean, noise, timestep.repeat(batch))
+
+    def way(self) -> tuple[Tensor, int]:
+        """The timesteps of the call, of which `strength` leaves the last, and how many inference steps they are."""
+        return self._run.timesteps_for(self._run.set_timesteps(self._execution_device), self._run.arguments.get("strength", 1.0))
 
     def get_timesteps(self, num_inference_steps: int, strength: float, device: torch.device) -> tuple[Tensor, int]:
         """The timesteps that `strength` leaves of those the scheduler was set to, and how many steps they are."""
@@ -306,10 +322,14 @@ class StableDiffusionBase(DiffusionPipeline):
         arguments = self._run.arguments
         if arguments["output_type"] == "latent":
             return latents, None
-        image = decode_latents(self.vae, latents, arguments["generator"], **conditions)
-        image, flagged = self.run_safety_checker(image, self._execution_device, dtype)
+        image = decode_latents(self.vae, latents, arguments["generator"], self.upcasts("decode"), **conditions)
+        image, flagged = self.inspected(image, dtype)
         shown = [not hidden for hidden in flagged] if flagged is not None else None
         return self.image_processor.postprocess(image, arguments["output_type"], shown), flagged
+
+    def inspected(self, image: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[bool] | None]:
+        """Decoded pictures as they may be shown, and which were blanked, if there is a checker."""
+        return self.run_safety_checker(image, self._execution_device, dtype)
 
     def unchanged(self, pictures: Tensor) -> Any:
         """What a strength of 0 gives: the pictures themselves, as many as were asked for."""
@@ -380,15 +400,19 @@ def corrected_scheduler(scheduler: SchedulerMixin, corrections: dict[str, Any]) 
 def check_sizes(components: dict[str, Any]) -> None:
     """Raise `ConfigError` if the components cannot work together: each says how wide its tensors are."""
     configs = {name: getattr(component, "config", None) for name, component in components.items()}
-    unet, vae, encoder = configs.get("unet"), configs.get("vae"), configs.get("text_encoder")
-    if unet is not None and encoder is not None and unet.encoder_hid_dim is None and isinstance(unet.cross_attention_dim, int):
+    unet, vae = configs.get("unet"), configs.get("vae")
+    declared = [name for name in ENCODERS if name in components]
+    encoders: dict[str, Any] = {name: configs[name] for name in declared if configs[name] is not None}
+    # A Stable Diffusion XL without its first encoder is a refiner, or is told embeddings: what they are shows at the call.
+    complete = bool(declared) and len(encoders) == len(declared)
+    if unet is not None and complete and unet.encoder_hid_dim is None and isinstance(unet.cross_attention_dim, int):
         _same(
             "unet/config.json",
             "cross_attention_dim",
             unet.cross_attention_dim,
-            "text_encoder/config.json",
+            " and ".join(f"{name}/config.json" for name in encoders),
             "hidden_size",
-            encoder.hidden_size,
+            sum(encoder.hidden_size for encoder in encoders.values()),
         )
     if unet is not None and vae is not None:
         _same("unet/config.json", "out_channels", unet.out_channels, "vae/config.json", "latent_channels", vae.latent_channels)
@@ -396,17 +420,23 @@ def check_sizes(components: dict[str, Any]) -> None:
         raise ConfigError(
             "vae/config.json: scaling_factor must be positive and finite", found=vae.scaling_factor, expected="0.18215, usually"
         )
-    tokenizer = components.get("tokenizer")
-    if encoder is not None and tokenizer is not None and len(tokenizer) > encoder.vocab_size:
+    for name, encoder in encoders.items():
+        _check_tokenizer(name, encoder, ENCODERS[name], components.get(ENCODERS[name]))
+
+
+def _check_tokenizer(name: str, encoder: Any, other: str, tokenizer: Any) -> None:
+    if tokenizer is None:
+        return
+    if len(tokenizer) > encoder.vocab_size:
         raise ConfigError(
-            "the tokenizer has more tokens than text_encoder/config.json has vocab_size",
+            f"the {other} has more tokens than {name}/config.json has vocab_size",
             found=f"{len(tokenizer)} and {encoder.vocab_size}",
             remedy="use the tokenizer that was saved with the text encoder",
         )
     positions = getattr(encoder, "max_position_embeddings", None)
-    if tokenizer is not None and positions is not None and tokenizer.model_max_length not in range(1, positions + 1):
+    if positions is not None and tokenizer.model_max_length not in range(1, positions + 1):
         raise ConfigError(
-            "tokenizer/tokenizer_config.json and text_encoder/config.json disagree",
+            f"{other}/tokenizer_config.json and {name}/config.json disagree",
             found=f"model_max_length={tokenizer.model_max_length}, max_position_embeddings={positions}",
             expected=f"a model_max_length of 1 to {positions}",
         )
@@ -422,7 +452,7 @@ def check_channels(components: dict[str, Any], pipeline: type[StableDiffusionBas
         raise ConfigError(
             f"unet/config.json: in_channels={unet.config.in_channels} does not fit {pipeline.__name__}",
             expected=" or ".join(map(str, taken)),
-            remedy="StableDiffusionInpaintPipeline takes 4 or 9 channels, StableDiffusionDepth2ImgPipeline 5, the others 4",
+            remedy="StableDiffusionInpaintPipeline and XL take 4 or 9 channels, StableDiffusionDepth2ImgPipeline 5, the others 4",
         )
 
 

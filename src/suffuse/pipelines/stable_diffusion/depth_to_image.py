@@ -99,7 +99,7 @@ class StableDiffusionDepth2ImgPipeline(StableDiffusionBase):
         pictures = self.image_processor.preprocess(image)
         if strength == 0:
             return self.unchanged(pictures)
-        way, steps = run.timesteps_for(run.set_timesteps(self._execution_device), strength)
+        way, steps = self.way()
         conditioning = self.encode()
         dtype = conditioning.tensors["prompt_embeds"].dtype
         depth = self.prepare_depth_map(

@@ -55,7 +55,7 @@ class StableDiffusionImg2ImgPipeline(StableDiffusionBase):
         pictures = self.image_processor.preprocess(image)
         if strength == 0:
             return self.unchanged(pictures)
-        way, steps = run.timesteps_for(run.set_timesteps(self._execution_device), strength)
+        way, steps = self.way()
         conditioning = self.encode()
         conditioners = self.conditioners(conditioning)
         dtype = conditioning.tensors["prompt_embeds"].dtype

@@ -1,0 +1,1 @@
+"""Pipelines of Stable Diffusion XL (Podell et al., 2023)."""

@@ -1,0 +1,91 @@
+"""Image to image with Stable Diffusion XL, and what its refiner does: go on from a picture, or from latents half way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from suffuse.diffusion.latents import Generators
+from suffuse.pipelines.arguments import check_shape, recipe
+from suffuse.pipelines.stable_diffusion_xl.base import StableDiffusionXLBase
+from suffuse.processing.image import ImageInput
+
+
+class StableDiffusionXLImg2ImgPipeline(StableDiffusionXLBase):
+    """Pictures from a picture and prompts."""
+
+    _callback_tensor_inputs = [
+        *("latents", "prompt_embeds", "negative_prompt_embeds", "add_text_embeds", "add_time_ids"),
+        *("negative_pooled_prompt_embeds", "add_neg_time_ids"),
+    ]
+
+    @recipe
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        prompt_2: str | list[str] | None = None,
+        image: ImageInput | None = None,
+        strength: float = 0.3,
+        num_inference_steps: int = 50,
+        timesteps: list[int] | None = None,
+        denoising_start: float | None = None,
+        denoising_end: float | None = None,
+        guidance_scale: float = 5.0,
+        negative_prompt: str | list[str] | None = None,
+        negative_prompt_2: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        ip_adapter_image: ImageInput | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        guidance_rescale: float = 0.0,
+        original_size: tuple[int, int] | None = None,
+        crops_coords_top_left: tuple[int, int] = (0, 0),
+        target_size: tuple[int, int] | None = None,
+        negative_original_size: tuple[int, int] | None = None,
+        negative_crops_coords_top_left: tuple[int, int] = (0, 0),
+        negative_target_size: tuple[int, int] | None = None,
+        aesthetic_score: float = 6.0,
+        negative_aesthetic_score: float = 2.5,
+        clip_skip: int | None = None,
+        callback_on_step_end: Callable[..., Any] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        callback: Callable[..., Any] | None = None,
+        callback_steps: int | None = None,
+    ) -> Any:
+        """Redraw pictures as prompts say.
+
+        Returns:
+            `StableDiffusionXLPipelineOutput(images)`, or the same as a tuple.
+
+        Raises:
+            InputError, LimitError: An argument is not what it may be; no generator was used.
+            NonFiniteError: The numbers overflowed; says where, and what to do.
+        """
+        self._run.guidance = self.guidance_for(guidance_scale, guidance_rescale)
+        pictures = self.image_processor.preprocess(image)
+        if strength == 0 and denoising_start is None:
+            return self.unchanged(pictures)
+        way, steps = self.way()
+        conditioning = self.encode()
+        conditioners = self.conditioners(conditioning)
+        batch, dtype = conditioning.batch, conditioning.tensors["prompt_embeds"].dtype
+        if latents is not None:
+            factor = 1 if pictures.shape[1] == self.latent_channels else self.vae_scale_factor
+            rows, columns = (size // factor for size in pictures.shape[-2:])
+            check_shape("latents", latents, (batch, self.latent_channels, rows, columns))
+            begun = latents.to(self._execution_device, dtype)
+        elif denoising_start is not None:
+            begun = self.clean(pictures, batch, dtype)
+        else:
+            begun = self.noised(pictures, way[:1], batch, dtype)
+        return self.finish(self.denoise(self.unet, conditioning, begun, way, steps, conditioners), dtype)

@@ -1,0 +1,81 @@
+"""Inpainting with Stable Diffusion XL: paint a picture anew where a mask is white."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from suffuse.diffusion.latents import Generators
+from suffuse.pipelines.arguments import recipe
+from suffuse.pipelines.stable_diffusion.painting import Painting
+from suffuse.pipelines.stable_diffusion_xl.base import StableDiffusionXLBase
+from suffuse.processing.image import ImageInput
+
+
+class StableDiffusionXLInpaintPipeline(StableDiffusionXLBase, Painting):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """Pictures painted anew where a mask is white."""
+
+    _callback_tensor_inputs = [
+        *("latents", "prompt_embeds", "negative_prompt_embeds", "add_text_embeds", "add_time_ids"),
+        *("negative_pooled_prompt_embeds", "add_neg_time_ids", "mask", "masked_image_latents"),
+    ]
+
+    @recipe
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        prompt_2: str | list[str] | None = None,
+        image: ImageInput | None = None,
+        mask_image: ImageInput | None = None,
+        masked_image_latents: Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        padding_mask_crop: int | None = None,
+        strength: float = 0.9999,
+        num_inference_steps: int = 50,
+        timesteps: list[int] | None = None,
+        denoising_start: float | None = None,
+        denoising_end: float | None = None,
+        guidance_scale: float = 7.5,
+        negative_prompt: str | list[str] | None = None,
+        negative_prompt_2: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        ip_adapter_image: ImageInput | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        guidance_rescale: float = 0.0,
+        original_size: tuple[int, int] | None = None,
+        crops_coords_top_left: tuple[int, int] = (0, 0),
+        target_size: tuple[int, int] | None = None,
+        negative_original_size: tuple[int, int] | None = None,
+        negative_crops_coords_top_left: tuple[int, int] = (0, 0),
+        negative_target_size: tuple[int, int] | None = None,
+        aesthetic_score: float = 6.0,
+        negative_aesthetic_score: float = 2.5,
+        clip_skip: int | None = None,
+        callback_on_step_end: Callable[..., Any] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        callback: Callable[..., Any] | None = None,
+        callback_steps: int | None = None,
+    ) -> Any:
+        """Paint pictures anew where the mask is white.
+
+        Returns:
+            `StableDiffusionXLPipelineOutput(images)`, or the same as a tuple.
+
+        Raises:
+            InputError, LimitError: An argument is not what it may be; no generator was used.
+            NonFiniteError: The numbers overflowed; says where, and what to do.
+        """
+        self._run.guidance = self.guidance_for(guidance_scale, guidance_rescale)
+        return self.paint(*self.default_size(height, width))

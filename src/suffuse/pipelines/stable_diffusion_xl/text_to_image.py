@@ -1,0 +1,112 @@
+"""Text to image with Stable Diffusion XL (Podell et al., 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from suffuse.diffusion.latents import Generators
+from suffuse.pipelines.arguments import recipe
+from suffuse.pipelines.stable_diffusion_xl.base import StableDiffusionXLBase
+from suffuse.processing.image import ImageInput
+
+if TYPE_CHECKING:
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+        CLIPVisionModelWithProjection,
+    )
+
+    from suffuse.models.autoencoder_kl import AutoencoderKL
+    from suffuse.models.unet_2d_condition import UNet2DConditionModel
+    from suffuse.schedulers.scheduler import SchedulerMixin
+
+
+class StableDiffusionXLPipeline(StableDiffusionXLBase):
+    """Pictures from prompts."""
+
+    _callback_tensor_inputs = [
+        *("latents", "prompt_embeds", "negative_prompt_embeds", "add_text_embeds", "add_time_ids"),
+        *("negative_pooled_prompt_embeds", "negative_add_time_ids"),
+    ]
+    _negative_ids = "negative_add_time_ids"
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel | None,
+        text_encoder_2: CLIPTextModelWithProjection | None,
+        tokenizer: CLIPTokenizer | None,
+        tokenizer_2: CLIPTokenizer | None,
+        unet: UNet2DConditionModel,
+        scheduler: SchedulerMixin,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
+        feature_extractor: CLIPImageProcessor | None = None,
+        force_zeros_for_empty_prompt: bool = True,
+        add_watermarker: bool | None = None,
+    ) -> None:
+        text = (text_encoder, text_encoder_2, tokenizer, tokenizer_2)
+        settings = (None, force_zeros_for_empty_prompt, add_watermarker)
+        super().__init__(vae, *text, unet, scheduler, image_encoder, feature_extractor, *settings)
+
+    @recipe
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        prompt_2: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        timesteps: list[int] | None = None,
+        denoising_end: float | None = None,
+        guidance_scale: float = 5.0,
+        negative_prompt: str | list[str] | None = None,
+        negative_prompt_2: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        ip_adapter_image: ImageInput | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        guidance_rescale: float = 0.0,
+        original_size: tuple[int, int] | None = None,
+        crops_coords_top_left: tuple[int, int] = (0, 0),
+        target_size: tuple[int, int] | None = None,
+        negative_original_size: tuple[int, int] | None = None,
+        negative_crops_coords_top_left: tuple[int, int] = (0, 0),
+        negative_target_size: tuple[int, int] | None = None,
+        clip_skip: int | None = None,
+        callback_on_step_end: Callable[..., Any] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        callback: Callable[..., Any] | None = None,
+        callback_steps: int | None = None,
+    ) -> Any:
+        """Draw what prompts say.
+
+        Returns:
+            `StableDiffusionXLPipelineOutput(images)`, or the same as a tuple.
+
+        Raises:
+            InputError, LimitError: An argument is not what it may be; no generator was used.
+            NonFiniteError: The numbers overflowed; says where, and what to do.
+        """
+        height, width = self.default_size(height, width)
+        run = self._run
+        run.guidance = self.guidance_for(guidance_scale, guidance_rescale)
+        way, steps = self.way()
+        conditioning = self.encode()
+        conditioners = self.conditioners(conditioning)
+        dtype = conditioning.tensors["prompt_embeds"].dtype
+        noise = self.make_noise(self.latent_shape(conditioning.batch, height, width), dtype)
+        latents = self.denoise(self.unet, conditioning, noise * run.scheduler.init_noise_sigma, way, steps, conditioners)
+        return self.finish(latents, dtype)
