@@ -50,6 +50,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "suffuse.schedulers.sde_ve": ("ScoreSdeVeScheduler",),
     "suffuse.schedulers.sde_vp": ("ScoreSdeVpScheduler",),
     "suffuse.schedulers.karras_ve": ("KarrasVeScheduler",),
+    "suffuse.schedulers.ddpm_wuerstchen": ("DDPMWuerstchenScheduler",),
     "suffuse.schedulers.consistency_models": ("CMStochasticIterativeScheduler",),
     "suffuse.pipelines.pipeline": ("DiffusionPipeline", "ImagePipelineOutput"),
     "suffuse.pipelines.auto": ("AutoPipelineForText2Image", "AutoPipelineForImage2Image", "AutoPipelineForInpainting"),

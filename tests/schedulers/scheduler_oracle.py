@@ -28,7 +28,7 @@ OTHER = [
 ]
 """Schedulers of other models than the latent ones: their schedules are of another kind, and tested apart."""
 
-LONERS = ["RePaintScheduler", "ScoreSdeVeScheduler", "ScoreSdeVpScheduler", "KarrasVeScheduler"]
+LONERS = ["DDPMWuerstchenScheduler", "RePaintScheduler", "ScoreSdeVeScheduler", "ScoreSdeVpScheduler", "KarrasVeScheduler"]
 """Those whose steps take other arguments than everyone's."""
 
 EVERY = [

@@ -108,3 +108,20 @@ def test_every_scheduler_knows_every_beta_schedule() -> None:
     for name in NAMES:
         for schedule in ("sigmoid", "laplace", "exp"):
             assert getattr(suffuse, name)(beta_schedule=schedule).alphas_cumprod.isfinite().all()
+
+
+def test_noise_is_not_taken_back_by_an_equation_that_adds_it() -> None:
+    """The peer's inverse DPM-Solver takes the root of a negative number there."""
+    config = {"algorithm_type": "sde-dpmsolver++"}
+    assert quiet(run, quiet(diffusers.DPMSolverMultistepInverseScheduler, **config), 10)[-1].isnan().all()
+    with pytest.raises(ConfigError, match="adds noise, which cannot be taken back"):
+        suffuse.DPMSolverMultistepInverseScheduler(**config)
+
+
+def test_a_last_step_of_no_length_stays_where_it_is() -> None:
+    """The peer divides by its length where the solver is of second order and the final sigma is the last of a ladder."""
+    config = {"use_karras_sigmas": True, "solver_type": "heun", "lower_order_final": False}
+    theirs, ours = (quiet(library.DPMSolverMultistepInverseScheduler, **config) for library in (diffusers, suffuse))
+    assert quiet(run, theirs, 10)[-1].isnan().all()
+    samples = run(ours, 10)
+    assert equal(samples[-1], samples[-2])

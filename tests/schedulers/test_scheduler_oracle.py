@@ -11,7 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from scheduler_oracle import EVERY, NAMES, STEPS, equal, grid, made, options_of, possible, quiet, run
+from scheduler_oracle import EVERY, NAMES, OTHER, STEPS, equal, grid, made, options_of, possible, quiet, run
 
 import suffuse
 
@@ -316,7 +316,7 @@ def test_signatures_hold_what_the_peer_has(name: str) -> None:
 def test_compatibles_are_the_peers_that_are_here(name: str) -> None:
     ours = {cls.__name__ for cls in getattr(suffuse, name)().compatibles}
     theirs = {cls.__name__ for cls in quiet(getattr(diffusers, name)).compatibles}
-    assert ours == (theirs & set(EVERY)) | {name}
+    assert ours == (theirs & {*EVERY, *OTHER}) | {name}
 
 
 @pytest.mark.parametrize("name", ["DDIMParallelScheduler", "DDPMParallelScheduler"])
@@ -341,3 +341,12 @@ def test_tcd_with_more_and_less_noise(eta: float) -> None:
     for config in grid("TCDScheduler"):
         if config["steps"] < 17:
             assert_same_run("TCDScheduler", config, eta=eta)
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.5, 1.0])
+def test_sa_solver_with_as_much_noise_as_the_caller_wants(tau: float) -> None:
+    samples = [
+        run(library.SASolverScheduler(tau_func=lambda t: tau, predictor_order=3, corrector_order=3), 10)
+        for library in (suffuse, diffusers)
+    ]
+    assert all(map(equal, *samples))

@@ -81,11 +81,22 @@ def stochastic_heun(scheduler: Any, steps: int) -> list[torch.Tensor]:
     return samples
 
 
+def wuerstchen(scheduler: Any, steps: int) -> list[torch.Tensor]:
+    scheduler.set_timesteps(steps)
+    sample, drawn, samples = start(), seeded(1), [scheduler.timesteps]
+    samples.append(scheduler.add_noise(sample, sample.flip(0), torch.tensor([0.2, 0.9])))
+    for t in scheduler.timesteps[:-1]:
+        sample = scheduler.step(model(sample), t.expand(2), sample, drawn).prev_sample
+        samples.append(sample)
+    return samples
+
+
 RUNS: dict[str, tuple[Callable[[Any, int], list[torch.Tensor]], list[dict[str, Any]]]] = {
     "RePaintScheduler": (
         repaint,
         [{}, {"eta": 0.7}, {"clip_sample": False, "beta_schedule": "scaled_linear"}, {"beta_schedule": "sigmoid"}],
     ),
+    "DDPMWuerstchenScheduler": (wuerstchen, [{}, {"scaler": 2.0}, {"scaler": 0.5, "s": 0.01}]),
     "ScoreSdeVeScheduler": (exploding_sde, [{}, {"snr": 0.3, "sigma_max": 50.0}]),
     "ScoreSdeVpScheduler": (preserving_sde, [{}, {"beta_max": 10, "sampling_eps": 0.01}]),
     "KarrasVeScheduler": (stochastic_heun, [{}, {"sigma_min": 0.1, "sigma_max": 80, "s_churn": 4}]),
@@ -142,3 +153,21 @@ def test_score_sde_adds_noise_as_the_peer_does() -> None:
 def test_repaint_without_jumps_to_count() -> None:
     with pytest.raises(InputError, match="no jumps are of these numbers"):
         suffuse.RePaintScheduler().set_timesteps(10, jump_length=0)
+
+
+def test_wuerstchen_timesteps_of_the_callers_choice() -> None:
+    scheduler = suffuse.DDPMWuerstchenScheduler()
+    scheduler.set_timesteps(timesteps=[1.0, 0.6, 0.0])
+    assert scheduler.num_inference_steps == 2
+    assert scheduler.previous_timestep(torch.ones(3)).tolist() == [pytest.approx(0.6)] * 3
+    with pytest.raises(InputError, match="timesteps must be in descending order"):
+        scheduler.set_timesteps(timesteps=[0.2, 0.6])
+    with pytest.raises(InputError, match="all steps of the run are taken"):
+        scheduler.step(start(), torch.zeros(2), start())
+
+
+def test_karras_ve_adds_the_noise_of_its_schedule() -> None:
+    scheduler = suffuse.KarrasVeScheduler()
+    scheduler.set_timesteps(5)
+    noisy = scheduler.add_noise(torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4), torch.tensor([4, 0]))
+    assert noisy[:, 0, 0, 0].tolist() == scheduler.schedule[[4, 0]].tolist()

@@ -38,6 +38,7 @@ OTHER_MODELS = {
     "ScoreSdeVeScheduler",
     "ScoreSdeVpScheduler",
     "KarrasVeScheduler",
+    "DDPMWuerstchenScheduler",
 }
 """Schedulers that cannot draw a picture from the checkpoints that this command takes."""
 

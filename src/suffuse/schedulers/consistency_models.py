@@ -1,4 +1,4 @@
-"""Multistep consistency sampling (Song et al., 2023, https://arxiv.org/abs/2303.01469, algorithm 1), sigmas of Karras et al. (2022).
+"""Multistep consistency sampling (Song et al., 2023, https://arxiv.org/abs/2303.01469, algorithm 1), with sigmas of Karras et al.
 
 f(x, sigma) = c_skip x + c_out F,  x' = f(x, sigma) + sqrt(sigma'² - sigma_min²) z
 c_skip = sigma_d² / ((sigma - sigma_min)² + sigma_d²),  c_out = sigma_d (sigma - sigma_min) / sqrt(sigma² + sigma_d²)

@@ -1,6 +1,6 @@
 """DDIM for parallel sampling (Shih et al., 2023, https://arxiv.org/abs/2305.16317): many steps of one run at once.
 
-Picard iteration guesses a whole window of the trajectory and corrects it by all its drifts (equation 6); `batch_step_no_noise`
+Picard iteration guesses a whole window of the trajectory and corrects it by all its drifts; `batch_step_no_noise`
 is the drift at each sample's own timestep.
 """
 

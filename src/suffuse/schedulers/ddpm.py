@@ -119,6 +119,6 @@ class DDPMScheduler(VariancePreservingScheduler):
 
 
 def posterior(bar: Tensor, bar_prev: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of a step from `alpha_bar_t` to `alpha_bar_{t-1}`: signal and noise before it, and the weights of x_0 and x_t in its mean."""
+    """Of a step from `alpha_bar_t` to `alpha_bar_{t-1}`: signal and noise, and the weights of x_0 and x_t in its mean."""
     noise, alpha = 1 - bar, bar / bar_prev
     return bar**0.5, noise**0.5, bar_prev**0.5 * (1 - alpha) / noise, alpha**0.5 * (1 - bar_prev) / noise

@@ -1,6 +1,6 @@
 """DDPM for parallel sampling (Shih et al., 2023, https://arxiv.org/abs/2305.16317): many steps of one run at once.
 
-Picard iteration guesses a whole window of the trajectory and corrects it by all its drifts (equation 6); the noise of every step
+Picard iteration guesses a whole window of the trajectory and corrects it by all its drifts; the noise of every step
 is drawn beforehand, so `batch_step_no_noise` is the mean of the posterior (Ho et al., 2020, equation 7).
 """
 

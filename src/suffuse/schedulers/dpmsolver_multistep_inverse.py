@@ -1,6 +1,6 @@
-"""DPM-Solver++ run backwards, from a clean sample to the noise it comes from (Wang et al., 2023, https://arxiv.org/abs/2301.10672).
+"""DPM-Solver++ run backwards, from a clean sample to the noise it comes from (Mokady et al., 2023, https://arxiv.org/abs/2211.09794).
 
-The updates are those of `dpmsolver_multistep` (Lu et al., 2022, https://arxiv.org/abs/2211.01095, algorithm 2) with rising sigmas:
+The updates are those of `dpmsolver_multistep` (Lu et al., 2022, https://arxiv.org/abs/2211.01095, algorithm 2), sigmas rise:
 lambda falls, every h is negative.
 """
 

@@ -13,7 +13,7 @@ from suffuse.errors import InputError
 from suffuse.noise import randn_tensor
 from suffuse.outputs import BaseOutput
 from suffuse.schedulers.noise_schedule import MOST_TIMESTEPS, checked_count
-from suffuse.schedulers.scheduler import Memory, Remembered, SchedulerMixin
+from suffuse.schedulers.scheduler import Memory, Remembered, SchedulerMixin, per_sample
 
 
 @dataclass
@@ -119,3 +119,8 @@ class KarrasVeScheduler(SchedulerMixin):
         slope = (sample_prev - x0) / sigma_prev
         previous = sample_hat + (sigma_prev - sigma_hat) * (0.5 * derivative + 0.5 * slope)
         return KarrasVeOutput(previous, derivative, x0) if return_dict else (previous, derivative)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """`x_0 + sigma epsilon` at the noise levels of timesteps (batch,)."""
+        self._check_ready()
+        return original_samples + noise * per_sample(self.schedule[timesteps], original_samples)

@@ -1,11 +1,11 @@
 """SA-Solver: stochastic Adams methods (Xue et al., 2023, https://arxiv.org/abs/2309.05019), a predictor and a corrector.
 
-With the share of noise tau(t), the x_0 predictor over lambda_s … lambda_t is                           (equations 13 and 14)
+With the share of noise tau(t), the x_0 predictor over lambda_s … lambda_t is
 
     x_t = (sigma_t / sigma_s) e^(-tau² h) x_s + sum_i b_i x_0(t_i) + sigma_t sqrt(1 - e^(-2 tau² h)) z
     b_i = (1 + tau²) sigma_t e^(-tau² lambda_t) integral of e^((1 + tau²) lambda) l_i(lambda) d lambda
 
-with Lagrange polynomials l_i over past steps; the corrector (equation 17) has the new step among them.
+with Lagrange polynomials l_i over past steps; the corrector has the new step among them.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class SASolverScheduler(LogSnrScheduler):
     def _kept(self) -> int:
         return max(self.config["predictor_order"], self.config["corrector_order"] - 1)
 
-    def _memory(self, timesteps: Tensor, count: int | None, sigmas: Array) -> StochasticAdamsMemory:
+    def _memory(self, timesteps: Tensor, count: int | None, sigmas: Array) -> Any:
         return self.memory_class(timesteps, count, sigmas=to_tensor(sigmas), model_outputs=[None] * self._kept())
 
     def _shift(self, mu: float | None) -> float:
@@ -187,7 +187,7 @@ class SASolverScheduler(LogSnrScheduler):
         if not self.predict_x0:
             factors = [-rate * alpha * weight for weight in weights]
             return alpha / alpha_s, tau * sigma * torch.sqrt(torch.exp(2 * h) - 1), *factors
-        if order == 2:  # a slope that is right to second order whatever the step (appendix E)
+        if order == 2:  # a slope that is right to second order whatever the step, as the authors' code has it
             rest = h * rate - 1 + torch.exp(rate * -h)
             if correct:
                 slope = torch.exp(rate * end) * (h / 2 - rest / (rate**2 * h))

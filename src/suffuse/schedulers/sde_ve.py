@@ -1,6 +1,6 @@
 """Predictor and corrector of the variance exploding SDE (Song et al., 2021, https://arxiv.org/abs/2011.13456).
 
-predictor    x' = x + (sigma_i² - sigma_{i-1}²) score + sqrt(sigma_i² - sigma_{i-1}²) z                  (equation 9)
+predictor    x' = x + (sigma_i² - sigma_{i-1}²) score + sqrt(sigma_i² - sigma_{i-1}²) z
 corrector    x' = x + e score + sqrt(2 e) z,   e = 2 (snr |z| / |score|)²                                 (algorithm 4)
 """
 

@@ -1,4 +1,4 @@
-"""Reverse diffusion of the variance preserving SDE (Song et al., 2021, https://arxiv.org/abs/2011.13456, equation 32).
+"""Reverse diffusion of the variance preserving SDE (Song et al., 2021, https://arxiv.org/abs/2011.13456).
 
 x' = x + (-beta(t) x / 2 - beta(t) score) dt + sqrt(beta(t) |dt|) z,   beta(t) = beta_min + t (beta_max - beta_min)
 """
