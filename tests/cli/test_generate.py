@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -309,7 +310,10 @@ def test_a_terminal_sees_progress_and_ctrl_c_leaves_nothing(tmp_path: Path) -> N
     environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
     arguments = ["generate", "x", "--model", str(random_checkpoint()), "--steps", "900", "--size", "256x256", "-o", "new/x.png"]
     program = [sys.executable, "-c", "from suffuse.cli.main import app; app()", *arguments]
-    with subprocess.Popen(program, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=theirs) as process:
+    heeded = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    with subprocess.Popen(
+        program, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=theirs, preexec_fn=heeded
+    ) as process:
         seen = b""
         while not re.search(rb" [1-9]\d*/900 ", seen) and select.select([mine], [], [], 60)[0]:
             seen += os.read(mine, 4096)
