@@ -30,8 +30,8 @@ def contents(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): path.read_text() for path in files}
 
 
-OLD = {"a.txt": "old", "deep/b.txt": "old", "stays.txt": "stays"}
-NEW = {"a.txt": "new", "deep/c.txt": "new", "stays.txt": "stays"}
+OLD = {"a.txt": "old", "deep/b.txt": "old", "stays.md": "stays"}
+NEW = {"a.txt": "new", "deep/c.txt": "new", "stays.md": "stays"}
 
 
 def write_old(folder: Path) -> None:
@@ -41,7 +41,7 @@ def write_old(folder: Path) -> None:
 
 
 def save_new(folder: Path) -> None:
-    with staged_folder(folder, keep=lambda path: path.name == "stays.txt") as staged:
+    with staged_folder(folder, keep=lambda path: path.name == "stays.md") as staged:
         (staged / "a.txt").write_text("new")
         (staged / "deep").mkdir()
         (staged / "deep" / "c.txt").write_text("new")
@@ -201,12 +201,12 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(tmp_path: P
 
 def test_links_are_followed_to_the_folder_and_kept_inside_it(tmp_path: Path) -> None:
     write_old(tmp_path / "real")
-    (tmp_path / "real" / "stays.txt").unlink()
-    (tmp_path / "real" / "stays.txt").symlink_to("elsewhere")
+    (tmp_path / "real" / "stays.md").unlink()
+    (tmp_path / "real" / "stays.md").symlink_to("elsewhere")
     (tmp_path / "saved").symlink_to("real")
     save_new(tmp_path / "saved")
     assert (tmp_path / "saved").is_symlink()
-    assert (tmp_path / "real" / "stays.txt").is_symlink()
+    assert (tmp_path / "real" / "stays.md").is_symlink()
     assert (tmp_path / "real" / "a.txt").read_text() == "new"
 
 

@@ -70,3 +70,15 @@ def test_a_list_that_is_none_is_refused(text: str, error: type[Exception], says:
     (saved / "SHA256SUMS").write_text(text)
     with pytest.raises(error, match=says):
         verify_folder(saved)
+
+
+def test_a_file_that_is_not_listed_is_told(saved: Path) -> None:
+    (saved / "notes.md").write_text("of no matter")
+    verify_folder(saved)
+    (saved / "unet" / "other.safetensors").write_bytes(b"x")
+    with pytest.raises(CorruptFileError, match=r"does not list 1 files that would be read: unet/other\.safetensors"):
+        verify_folder(saved)
+    (saved / "unet" / "other.safetensors").unlink()
+    (saved / "SHA256SUMS").write_text("")
+    with pytest.raises(CorruptFileError, match="does not list"):
+        verify_folder(saved)

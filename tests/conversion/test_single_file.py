@@ -431,3 +431,47 @@ def test_converting_replaces_nothing_unasked(tmp_path):
         pipe.save_single_file(tmp_path / "model.ckpt")
     with pytest.raises(SaveError, match="nothing was replaced"):
         pipe.save_single_file(file("1") / "inside.safetensors")
+
+
+DAMAGE = {
+    "no output": lambda s: s.pop("model.diffusion_model.out.2.weight"),
+    "no attention": lambda s: [s.pop(n) for n in list(s) if "attn2" in n],
+    "no tokens": lambda s: s.pop("cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"),
+    "a block without a number": lambda s: s.update({"model.diffusion_model.input_blocks.x.0.weight": torch.zeros(1)}),
+    "a hint alone": lambda s: s.update({"control_model.input_hint_block.0.weight": torch.zeros(1)}),
+    "a level without a number": lambda s: s.update({"first_stage_model.encoder.down.x": torch.zeros(1)}),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_file_of_no_whole_model_is_told(name, tmp_path):
+    with pytest.raises(ConfigError, match="not those of a whole model"):
+        suffuse.DiffusionPipeline.from_single_file(changed(tmp_path, DAMAGE[name]))
+
+
+def test_a_file_of_another_family_is_told():
+    with pytest.raises(ConfigError, match="is no checkpoint for StableDiffusionXLPipeline"):
+        suffuse.StableDiffusionXLPipeline.from_single_file(file("1"))
+    with pytest.raises(ConfigError, match="needs unet"):
+        suffuse.DiffusionPipeline.from_single_file(file("1"), unet=None)
+    for options in ({"image_size": 0}, {"image_size": "512"}, {"upcast_attention": "x"}, {"original_config_file": 5}):
+        with pytest.raises(InputError, match=next(iter(options))):
+            suffuse.StableDiffusionPipeline.from_single_file(file("1"), **options)
+    for path in (5, None):
+        with pytest.raises(InputError, match="needs a path"):
+            suffuse.StableDiffusionPipeline.from_single_file(path)
+
+
+def test_a_single_file_keeps_its_place_and_its_mode(tmp_path):
+    pipe = suffuse.StableDiffusionPipeline.from_single_file(file("1"))
+    pipe.save_single_file(tmp_path / "a.safetensors")
+    (tmp_path / "a.safetensors").chmod(0o600)
+    (tmp_path / "link.safetensors").symlink_to("a.safetensors")
+    (tmp_path / ".a.safetensors.staged-0123").write_text("left by a killed save")
+    pipe.save_single_file(tmp_path / "link.safetensors")
+    assert (tmp_path / "link.safetensors").is_symlink()
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o600
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "link.safetensors"]
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(SaveError, match="is a folder"):
+        pipe.save_single_file(tmp_path / "folder.safetensors")

@@ -41,7 +41,7 @@ def test_what_does_not_fit_goes_to_disk_and_is_read_when_it_is_used(strategy, sh
     assert {*spread.hf_device_map.values()} == {"cpu", "disk"}
     in_memory = sum(parameter.nbytes for parameter in spread.parameters() if not parameter.is_meta)
     assert in_memory <= room
-    assert list((tmp_path / "disk").glob("*.dat"))
+    assert list((tmp_path / "disk").rglob("*.dat"))
     if dtype is torch.float32:
         assert (predict(spread) - predict(whole)).abs().max() <= 1e-5
 

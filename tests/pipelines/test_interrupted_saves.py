@@ -16,7 +16,7 @@ from tasks import folder, pair
 
 import suffuse
 from suffuse.checkpoints.checksums import verify_folder
-from suffuse.errors import SaveError
+from suffuse.errors import InputError, SaveError
 from suffuse.files import write_text
 
 EVENTS = ("open", "os.", "shutil.", "fcntl.")
@@ -97,8 +97,9 @@ def test_a_file_that_may_not_grow_is_told(limit, new, saved, tmp_path):
 
 
 FULL_DISK = """
-import sys, warnings
+import shutil, sys, types, warnings
 import suffuse
+shutil.disk_usage = lambda path: types.SimpleNamespace(free=2**40)  # somebody else fills the disk while it is written
 warnings.simplefilter("ignore")
 pipe = suffuse.DiffusionPipeline.from_pretrained(sys.argv[1])
 try:
@@ -160,3 +161,17 @@ def test_a_pipeline_is_saved_over_the_folder_it_was_loaded_from(mapped, saved):
     pipe.save_pretrained(saved)
     assert all(torch.equal(tensor, before[name]) for name, tensor in pipe.unet.state_dict().items())
     assert state(saved) == "old"
+
+
+@pytest.mark.parametrize("target", [None, 5, "", "x" * 300, "a\0b"])
+def test_a_place_that_is_none_is_told(target, new):
+    with pytest.raises(SaveError, match=r"needs a name|could not be written"):
+        new.save_pretrained(target)
+
+
+@pytest.mark.parametrize("variant", ["../x", "fp\n16", 5])
+def test_a_variant_that_is_no_name_is_told(variant, new, tmp_path):
+    for part in (new, new.unet):
+        with pytest.raises(InputError, match="variant is no name"):
+            part.save_pretrained(tmp_path / "model", variant=variant)
+    assert not list(tmp_path.iterdir())

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -154,3 +158,59 @@ def test_balanced_keeps_to_what_may_be_taken():
 def test_what_is_no_map_is_told(device_map, says):
     with pytest.raises(InputError, match=says):
         suffuse.DiffusionPipeline.from_pretrained(folder("text"), device_map=device_map)
+
+
+# ---------------------------------------------------------------- what offloaded models can and cannot do
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_an_offloaded_pipeline_is_saved_whole(safe, pipe, tmp_path):
+    weights = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    pipe.enable_sequential_cpu_offload(device="cpu")
+    pipe.save_pretrained(tmp_path / "saved", safe_serialization=safe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = suffuse.DiffusionPipeline.from_pretrained(tmp_path / "saved")
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in again.unet.state_dict().items())
+    pipe.remove_all_hooks()
+    assert difference(call(again, "text"), call(pipe, "text")) <= 1e-5
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_threads_that_share_offloaded_models_take_turns(way, pipe):
+    expected = call(pipe, "text")
+    getattr(pipe, way)(device="cpu")
+    with ThreadPoolExecutor(4) as pool:
+        for picture in pool.map(lambda _: call(pipe, "text"), range(4)):
+            assert difference(picture, expected) <= 1e-5
+
+
+def test_what_an_offloaded_pipeline_refuses(pipe):
+    pipe.enable_sequential_cpu_offload(device="cpu")
+    for act in (lambda: pipe.to(torch.bfloat16), lambda: pickle.dumps(pipe), lambda: copy.deepcopy(pipe)):
+        with pytest.raises(InputError, match="remove_all_hooks"):
+            act()
+
+
+def test_two_models_may_share_the_folder_they_are_offloaded_to(tmp_path):
+    whole = suffuse.UNet2DConditionModel.from_pretrained(folder("text"), subfolder="unet")
+    places = {**{name: "cpu" for name, _ in whole.named_children()}, "mid_block": "disk"}
+    options = {"device_map": places, "offload_folder": tmp_path / "disk"}
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.add_(0.1)
+    whole.save_pretrained(tmp_path / "other")
+    inputs = (torch.ones(1, 4, 8, 8), 3, torch.ones(1, 7, 32))
+    first = suffuse.UNet2DConditionModel.from_pretrained(folder("text"), subfolder="unet", **options)
+    with torch.no_grad():
+        before = first(*inputs).sample
+        suffuse.UNet2DConditionModel.from_pretrained(tmp_path / "other", **options)
+        assert torch.equal(first(*inputs).sample, before)
+    with pytest.raises(InputError, match="parts of the unet are on disk already"):
+        suffuse.DiffusionPipeline.from_pretrained(folder("text"), unet=first).enable_model_cpu_offload(device="cpu")
+
+
+@pytest.mark.parametrize("options", [{"device_map": "meta"}, {"device_map": "balanced", "max_memory": "10GB"}])
+def test_devices_that_are_none_are_told(options):
+    with pytest.raises(InputError, match=r"device_map names no device|max_memory has the wrong type"):
+        suffuse.DiffusionPipeline.from_pretrained(folder("text"), **options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -18,7 +20,7 @@ from typer.testing import CliRunner
 
 import suffuse
 from suffuse.cli.main import app
-from suffuse.errors import InputError
+from suffuse.errors import ConfigError, InputError, LimitError
 from suffuse.memory.estimate import decoder_activations, unet_activations
 from suffuse.memory.plan import Request, plan, survey, switches, ways_to_fit
 
@@ -152,3 +154,37 @@ def test_the_command_says_what_to_switch_on():
         refused = run(app, ["plan", str(folder("text")), *options])
         assert refused.exit_code == 1
         assert says in refused.output
+
+
+def test_no_advice_is_given_that_changes_nothing():
+    for request in (Request(batch=2), Request(512, 512, batch=2), Request(512, 512)):
+        plans = list(ways_to_fit(survey(folder("text")), request))
+        for before, after in itertools.pairwise(plans):
+            for name in ("slicing", "tiling"):
+                if getattr(after.request, name) and not getattr(before.request, name):
+                    without = plan(survey(folder("text")), dataclasses.replace(after.request, **{name: False}))
+                    assert after.peak < without.peak
+
+
+@pytest.mark.parametrize(
+    ("entries", "error"),
+    [
+        ({"block_out_channels": []}, ConfigError),
+        ({"block_out_channels": "x"}, ConfigError),
+        ({"down_block_types": 5}, ConfigError),
+        ({"layers_per_block": 10**7}, LimitError),
+        ({"layers_per_block": "2"}, ConfigError),
+    ],
+)
+def test_a_configuration_that_describes_nothing_is_told(entries, error, tmp_path):
+    copied = shutil.copytree(folder("text"), tmp_path / "model")
+    path = copied / "unet" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+    with pytest.raises(error, match=r"unet/config\.json"):
+        plan(survey(copied), Request())
+
+
+@pytest.mark.parametrize("options", [{"batch": 0}, {"height": -8}, {"width": "64"}, {"batch": True}])
+def test_what_cannot_be_drawn_cannot_be_planned(options):
+    with pytest.raises(InputError, match="has the wrong value"):
+        Request(**options)

@@ -70,9 +70,7 @@ def staged_folder(
         Path(target).mkdir(parents=True)
         yield Path(target)
         return
-    if not os.fspath(target):
-        raise SaveError("a folder to save to needs a name", found=target)
-    target = Path(os.path.realpath(target))
+    target = _real(target)
     if target.exists() and not target.is_dir():
         raise SaveError(f"{target} is a file", expected="a folder, or a name that is free")
     if os.path.ismount(target) or _inside(target):
@@ -110,20 +108,40 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         SaveError: Writing failed; the old file is as it was.
     """
+    path = _real(path)
+    if path.is_dir():
+        raise SaveError(f"{path} is a folder", expected="a file, or a name that is free")
     staged = _beside(path, "staged")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(staged)
-        _fsync(staged)
-        os.replace(staged, path)
-        _fsync(path.parent)
+        with _locked(path):
+            _sweep(path)
+            write(staged)
+            if path.exists():
+                shutil.copymode(path, staged)
+            _fsync(staged)
+            os.replace(staged, path)
+            _fsync(path.parent)
+    except SuffuseError:
+        raise
     except OSError as error:
-        if isinstance(error, SuffuseError):
-            raise
         raise SaveError(f"{path} could not be written: {error}", remedy="nothing was replaced; the old file is whole") from error
     finally:
         with contextlib.suppress(OSError):
             staged.unlink()
+
+
+def _real(target: str | os.PathLike[str]) -> Path:
+    """Where a name leads to."""
+    try:
+        if not os.fspath(target):
+            raise ValueError("it is empty")
+        path = Path(os.fsdecode(os.path.realpath(target)))
+        os.path.lexists(path)
+        path.exists()
+    except (TypeError, ValueError, OSError) as error:
+        raise SaveError(f"a place to save to needs a name: {error}", found=target) from None
+    return path
 
 
 def _inside(folder: Path) -> bool:
@@ -145,7 +163,10 @@ def _sweep(target: Path) -> None:
         else:
             os.rename(old, target)
     for staged in target.parent.glob(f".{_escaped(target.name)}.staged-*"):
-        shutil.rmtree(staged, ignore_errors=True)
+        if staged.is_dir():
+            shutil.rmtree(staged, ignore_errors=True)
+        else:
+            staged.unlink(missing_ok=True)
 
 
 def _escaped(name: str) -> str:

@@ -12,6 +12,8 @@ from suffuse.errors import CorruptFileError, MissingFileError
 from suffuse.files import check_inside, names_in, open_regular
 
 NAME = "SHA256SUMS"
+READ = {".safetensors", ".bin", ".json", ".txt", ".model", ".py"}
+"""Suffixes of files that a load reads."""
 _CHUNK = 1 << 20
 
 
@@ -55,7 +57,7 @@ def verify_folder(folder: Path) -> None:
 
     Raises:
         MissingFileError: There is no list, or a file of it is gone.
-        CorruptFileError: A file is not the one that was saved; every such file is named.
+        CorruptFileError: A file is not the one that was saved, or is not listed; every such file is named.
     """
     owner = next((place for place in (folder, folder.parent) if (place / NAME).is_file()), None)
     if owner is None:
@@ -64,6 +66,13 @@ def verify_folder(folder: Path) -> None:
         )
     inside = folder.relative_to(owner)
     sums = {name: value for name, value in read_checksums(owner).items() if Path(name).is_relative_to(inside)}
+    there = (path.relative_to(owner).as_posix() for path in folder.rglob("*") if path.is_file() and path.suffix in READ)
+    strangers = sorted(name for name in there if name not in sums)
+    if strangers or not sums:
+        raise CorruptFileError(
+            f"{owner / NAME} does not list {len(strangers)} files that would be read: {', '.join(strangers[:10])}",
+            remedy="save the folder again, or remove what was put there since",
+        )
     changed = [name for name, found in _digests(owner, sums) if found != sums[name]]
     if changed:
         raise CorruptFileError(

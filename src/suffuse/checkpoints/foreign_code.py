@@ -183,9 +183,11 @@ def _run(path: Path, sources: dict[str, bytes], package: str) -> ModuleType:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
+            if str(error.name).startswith(PREFIX):
+                raise ConfigError(f"{path}: only files right beside it can be imported: {error}") from error
             raise MissingPackageError(
                 f"{path} needs the package {error.name!r}, which is not installed", remedy=f"pip install {error.name}"
             ) from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ConfigError(f"{path} could not be run: {type(error).__name__}: {error}") from error
     return sys.modules[name]

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from suffuse.checkpoints.safetensors_file import Header, read_header
 from suffuse.errors import AmbiguousCheckpointError, ConfigError, InputError, MissingFileError
@@ -122,7 +123,7 @@ def choose_weights(
     names: Collection[str], naming: Naming = DIFFUSERS, variant: str | None = None, use_safetensors: bool | None = None
 ) -> Choice | None:
     """The rule of `find_weights`, on the names of a folder's files, here or elsewhere; None if there are no weights."""
-    _check_variant(variant)
+    check_variant(variant)
     for suffix in _suffixes(use_safetensors):
         stem = naming.stem(suffix)
         index = next((name for name in index_names(stem, suffix, variant) if name in names), None)
@@ -177,7 +178,7 @@ def component_variants(
     """
     if variant is None:
         return dict.fromkeys(components)
-    _check_variant(variant)
+    check_variant(variant)
     there = {name: variants_among(names, naming) for name, (naming, names) in components.items()}
     without = [name for name, variants in there.items() if variant not in variants]
     if len(without) == len(components):
@@ -278,8 +279,10 @@ def nothing_there(
     return MissingFileError(f"no weights{what} in {folder}", found=found, expected=expected, remedy=remedy)
 
 
-def _check_variant(variant: str | None) -> None:
-    if variant is not None and not re.fullmatch(r"[\w-]+", str(variant)):
+def check_variant(variant: str | None) -> None:
+    """Raise `InputError` unless a variant can be part of a file's name."""
+    name: Any = variant
+    if name is not None and not (isinstance(name, str) and re.fullmatch(r"[\w-]+", name)):
         raise InputError("variant is no name", found=variant, expected='letters, digits, "_" and "-", "fp16" for example')
 
 

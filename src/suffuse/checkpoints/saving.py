@@ -49,6 +49,11 @@ def write_weights(
         SaveError: A tensor has no storage, or a type that the format does not know.
         InputError: `max_shard_size` is no size.
     """
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise SaveError(
+                f"tensor {name!r} cannot be saved: it has no storage", remedy="if it is offloaded, remove_all_hooks()"
+            )
     write = write or (write_safetensors if suffix == SAFETENSORS else torch.save)
     tensors, stem = _without_ties(tensors), naming.stem(suffix)
     shards = split_shards(tensors, parse_size(max_shard_size, "max_shard_size"))
@@ -71,7 +76,7 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         SaveError: A tensor has no storage, or a type that the format does not know.
     """
     for name, tensor in tensors.items():
-        if tensor.is_meta or tensor.dtype not in _NAMES:
+        if tensor.dtype not in _NAMES or tensor.is_meta:
             raise SaveError(f"tensor {name!r} cannot be saved", found=f"{tensor.dtype} on {tensor.device}")
     width = {dtype: position for position, dtype in enumerate(BITS)}
     order = sorted(tensors, key=lambda name: (-width[_NAMES[tensors[name].dtype]], name))

@@ -42,6 +42,13 @@ def convert(
         raise InputError(f"{target} is there already", remedy="give another name, or --force to replace it")
     if source.is_dir() and target.suffix != ".safetensors":
         raise InputError("a folder becomes a .safetensors file", found=str(target), remedy=f"{target}.safetensors")
+    unused = (variant,) if source.is_file() else (prediction_type, original_config, extract_ema or None)
+    if any(option is not None for option in unused):
+        raise InputError(
+            "--variant is for folders; --prediction-type, --original-config and --ema are for single files", found=str(source)
+        )
+    if source.is_file() and target.suffix in (".safetensors", ".ckpt"):
+        raise InputError("a single file becomes a folder", found=str(target), remedy=f"{target.with_suffix('')}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*safety checker")
         pipe = _load(source, dtype, prediction_type, original_config, variant, extract_ema)

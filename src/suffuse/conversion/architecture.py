@@ -15,7 +15,7 @@ from typing import Any
 
 from suffuse.checkpoints.reading import Stored
 from suffuse.conversion import latent_diffusion
-from suffuse.errors import ConfigError, InputError
+from suffuse.errors import ConfigError, InputError, SuffuseError
 
 Shapes = Mapping[str, Stored]
 Config = dict[str, Any]
@@ -66,7 +66,7 @@ class Architecture:
         name: In words.
         parts: Component → how to make it.
         scheduler: The configuration of its noise schedule.
-        tokens: The token that fills up prompts of each tokenizer, by component.
+        tokenizers: Component → the token that fills its prompts up.
     """
 
     name: str
@@ -95,9 +95,21 @@ def recognise(
     Raises:
         ConfigError: It is none that is known.
     """
+    try:
+        return _recognise(tensors, image_size, prediction_type, upcast_attention, _stated(original))
+    except SuffuseError:
+        raise
+    except (KeyError, IndexError, ValueError, StopIteration, ZeroDivisionError, TypeError) as error:
+        raise ConfigError(
+            "the tensors are not those of a whole model", found=f"{type(error).__name__}: {error}", remedy="fetch the file again"
+        ) from error
+
+
+def _recognise(
+    tensors: Shapes, image_size: int | None, prediction_type: str | None, upcast_attention: bool | None, stated: Config
+) -> Architecture:
     parts: dict[str, Part] = {}
     xl = any(name.startswith("conditioner.embedders.") for name in tensors)
-    stated = _stated(original)
     if any(name.startswith(UNET) for name in tensors):
         parts["unet"] = _unet(_behind(tensors, UNET), UNET, xl, stated)
     for prefix in (CONTROLNET, ""):
@@ -126,7 +138,7 @@ def recognise(
             warnings.warn(
                 "nothing in the file tells Stable Diffusion 2 (768 pixels, predicts v) from its base (512 pixels, predicts "
                 'epsilon): the former is assumed; pass prediction_type="epsilon" for the latter, "v_prediction" for this',
-                stacklevel=5,
+                stacklevel=6,
             )
     name = _name(parts, xl, refiner, second)
     if "unet" in parts:
@@ -165,7 +177,7 @@ def _stated(original: Mapping[str, Any] | None) -> Config:
         model = original["model"]["params"]
         network = model.get("unet_config") or model.get("network_config") or model["control_stage_config"]
         values = dict(network["params"])
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, AttributeError, ValueError):
         raise InputError(
             "the original configuration does not describe a model", found=original, expected="model.params.unet_config.params"
         ) from None
@@ -278,6 +290,8 @@ def _open_clip(tensors: Shapes, prefix: str, xl: bool) -> Part:
 
 def _text(tensors: Shapes, tokens: str, positions: str, layers: str, wide: str) -> Config:
     vocabulary, hidden = tensors[tokens].shape
+    if min(vocabulary, hidden) < 1:
+        raise ConfigError("the text encoder has no tokens", found=f"{tokens}: {list(tensors[tokens].shape)}")
     return {
         "vocab_size": vocabulary,
         "hidden_size": hidden,

@@ -56,7 +56,7 @@ class SingleFile:
         return RenamedSource(self.source, part, averaged)
 
 
-def fetched(link: str | os.PathLike[str], hub: HubOptions | None = None) -> Path:
+def fetched(link: str | os.PathLike[str], hub: HubOptions | None = None) -> str | os.PathLike[str]:
     """The path of a single file: itself, or that of a file of a repository, which is fetched.
 
     Args:
@@ -67,8 +67,8 @@ def fetched(link: str | os.PathLike[str], hub: HubOptions | None = None) -> Path
         HubError, MissingFileError: The hub did not give it.
     """
     match = LINK.fullmatch(str(link))
-    if match is None or os.path.exists(link):
-        return Path(link)
+    if match is None or os.path.exists(str(link)):
+        return link
     options = dataclasses.replace(hub or HubOptions(), revision=match["revision"])
     with opened(match["name"], options) as source:
         source.fetch([match["file"]])
@@ -100,7 +100,18 @@ def open_single_file(
         InputError: An option has a wrong value.
         CorruptFileError, UnsafePickleError: The file is damaged, or asks for more than tensors.
     """
-    path = Path(path)
+    try:
+        path = Path(path)
+    except TypeError:
+        raise InputError("a single file needs a path", found=path, expected="text or a Path") from None
+    if image_size is not None and (isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 8):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError("image_size has the wrong value", found=image_size, expected="pixels, 512 for example")
+    if upcast_attention not in (True, False, None):
+        raise InputError("upcast_attention has the wrong value", found=upcast_attention, expected="True, False or None")
+    if not isinstance(original, (str, os.PathLike, Mapping, type(None))):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(
+            "original_config_file has the wrong type", found=original, expected="the path of a YAML file, or a mapping"
+        )
     suffix = _SUFFIXES.get(path.suffix.lower())
     if suffix is None:
         raise InputError(

@@ -12,6 +12,7 @@ from suffuse.conversion import latent_diffusion
 from suffuse.conversion.architecture import AUTOENCODER, CLIP, CONTROLNET, OPEN_CLIP, UNET
 from suffuse.conversion.latent_diffusion import QKV, renamed
 from suffuse.errors import InputError
+from suffuse.memory.offload import gathered_weights
 
 Tensors = Iterator[tuple[str, Tensor]]
 
@@ -85,13 +86,13 @@ def _open_clip(model: Any, prefix: str) -> Tensors:
 
 
 def _text_tensors(model: Any) -> Tensors:
-    for name, tensor in model.state_dict().items():
+    for name, tensor in gathered_weights(model).items():
         yield name.removeprefix("text_model."), tensor
 
 
 def _behind(prefix: str, model: Any, modules: Mapping[str, str]) -> Tensors:
     back = {here: there for there, here in modules.items()}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in gathered_weights(model).items():
         yield prefix + renamed(name, back), tensor
 
 

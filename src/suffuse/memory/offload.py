@@ -73,7 +73,7 @@ def remove_hooks(model: nn.Module) -> None:
 
 def gathered_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights of a model; on the CPU if its parts wait elsewhere."""
-    if not any(parameter.is_meta for parameter in model.parameters()):
+    if not any(hasattr(module, "_hf_hook") for module in model.modules()):
         return model.state_dict()
     from accelerate.utils.modeling import get_state_dict_offloaded_model
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,12 +62,17 @@ class Placing:
             self.map = self._spread(module, dtype)
         if "disk" in self.map.values() and self.folder is None:
             raise InputError("device_map sends weights to disk, and there is no folder for them", remedy="offload_folder=…")
+        if "disk" in self.map.values():
+            try:  # a folder of its own in there: two models may share the place
+                Path(self.folder or "").mkdir(parents=True, exist_ok=True)
+                self.folder = tempfile.mkdtemp(prefix="weights-", dir=self.folder)
+            except (OSError, TypeError) as error:
+                raise InputError(f"offload_folder cannot be used: {error}", found=self.folder) from None
         return self._devices()
 
     def spill(self, name: str, tensor: Tensor) -> None:
         """Write a tensor that goes to disk."""
         assert self.folder is not None
-        Path(self.folder).mkdir(parents=True, exist_ok=True)
         self.index = accelerate().utils.offload_weight(tensor, name, self.folder, self.index)
 
     def finish(self, model: nn.Module) -> None:
@@ -75,7 +81,10 @@ class Placing:
             return
         if self.index:
             accelerate().utils.save_offload_index(self.index, self.folder)
-        dispatch(model, self.map, self.folder)
+        try:
+            dispatch(model, self.map, self.folder)
+        except ValueError as error:
+            raise InputError(f"device_map does not fit {type(model).__name__}: {error}", found=self.map) from None
 
     def _spread(self, module: nn.Module, dtype: torch.dtype) -> dict[str, Device]:
         utils = accelerate().utils
@@ -83,12 +92,18 @@ class Placing:
         if self.strategy != "sequential":
             low = self.strategy == "balanced_low_0"
             free = utils.get_balanced_memory(module, free, self.whole, dtype=dtype, low_zero=low)
-        return dict(utils.infer_auto_device_map(module, free, self.whole, dtype=dtype))
+        try:
+            return dict(utils.infer_auto_device_map(module, free, self.whole, dtype=dtype))
+        except ValueError as error:
+            raise InputError(f"max_memory cannot be used: {error}", found=self.memory) from None
 
     def _devices(self) -> dict[str, torch.device]:
         try:
+            for device in self.map.values():
+                if device != "disk" and torch.empty(0, device=device).is_meta:
+                    raise TypeError("weights would be lost")
             return {prefix: torch.device("meta" if device == "disk" else device) for prefix, device in self.map.items()}
-        except (RuntimeError, TypeError):
+        except (RuntimeError, TypeError, AssertionError):
             raise InputError(
                 "device_map names no device",
                 found=self.map.get("", self.map),
@@ -118,7 +133,7 @@ def share_out(sizes: Mapping[str, int], max_memory: Memory) -> dict[str, int | s
         LimitError: The CPU was given a limit too, and is full.
         InputError: A size is none.
     """
-    left = {device: parse_size(size, "max_memory") for device, size in max_memory.items()}
+    left = _sizes(max_memory)
     devices = [device for device in left if device != "cpu"] or ["cpu"]
     round_trip, turn = [*devices, *reversed(devices)], 0
     placed: dict[str, int | str] = {}
@@ -139,6 +154,12 @@ def share_out(sizes: Mapping[str, int], max_memory: Memory) -> dict[str, int | s
             left[device] -= size
         placed[name] = device
     return placed
+
+
+def _sizes(max_memory: Memory) -> dict[int | str, int]:
+    if not isinstance(max_memory, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError("max_memory has the wrong type", found=max_memory, expected='device → size: {0: "10GB", "cpu": "30GB"}')
+    return {device: parse_size(size, "max_memory") for device, size in max_memory.items()}
 
 
 def accelerators() -> dict[int | str, int]:

@@ -14,13 +14,15 @@ from typing import Any
 from suffuse.checkpoints.fetching import Wanted, fetch_settings, namings_by_files
 from suffuse.checkpoints.inventory import TARGETS, Component, take_inventory
 from suffuse.checkpoints.layout import variants_among
-from suffuse.errors import InputError
+from suffuse.errors import ConfigError, InputError, LimitError
 from suffuse.files import read_json
 from suffuse.hub.options import HubOptions
 from suffuse.hub.sources import Source, opened
 from suffuse.memory.estimate import decoder_activations, text_activations, unet_activations
 
 Config = Mapping[str, Any]
+LARGEST = 2**16
+"""Layers, pixels and pictures that can be asked for."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,12 @@ class Request:
     slicing: bool = False
     tiling: bool = False
     offload: str = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "batch"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= LARGEST):
+                raise InputError(f"{name} has the wrong value", found=value, expected=f"a whole number of 1 to {LARGEST}")
 
 
 @dataclass(frozen=True)
@@ -145,14 +153,13 @@ def ways_to_fit(surveyed: Survey, request: Request) -> Iterator[Plan]:
     """Plans that take less and less: as it is, then with each switch on that costs the least time, then the next."""
     half = "bfloat16" if request.dtype == "float32" else request.dtype
     steps: list[dict[str, Any]] = [{}, {"dtype": half}]
-    steps += [{"slicing": True}] if request.batch > 1 else []
-    steps += [{"tiling": True}, {"offload": "models"}, {"offload": "parts"}]
-    seen: set[int] = set()
+    decoding: list[dict[str, Any]] = [{"slicing": True}, {"tiling": True}]
+    steps += [*decoding, {"offload": "models"}, *decoding, {"offload": "parts"}, *decoding]
+    least: int | None = None
     for step in steps:
-        request = replace(request, **step)
-        made = plan(surveyed, request)
-        if made.peak not in seen:  # a switch that changes nothing is no advice
-            seen.add(made.peak)
+        made = plan(surveyed, replace(request, **step))
+        if least is None or made.peak < least:  # a switch that changes nothing is no advice
+            request, least = made.request, made.peak
             yield made
 
 
@@ -192,7 +199,14 @@ def _stages(component: Component, configs: Mapping[str, Config], request: Reques
     walk = WALKS.get(component.kind or "")
     if walk is None:
         return
-    numbers = walk(configs[component.name], _latents(configs, request), request)
+    config = configs[component.name]
+    layers = config.get("layers_per_block", 1)
+    if isinstance(layers, int) and layers > LARGEST:
+        raise LimitError(f"{component.name}/config.json: layers_per_block is too large", found=layers)
+    try:
+        numbers = walk(config, _latents(configs, request), request)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{component.name}/config.json describes no network: {type(error).__name__}: {error}") from error
     yield Stage(component.name, component.memory.get(request.dtype, 0), numbers * size, component.largest * size)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from suffuse.checkpoints.atomic import staged_folder
 from suffuse.checkpoints.checksums import verify_folder
 from suffuse.checkpoints.fetching import Wanted, fetch_components
-from suffuse.checkpoints.layout import DIFFUSERS, PICKLE, SAFETENSORS, find_weights, superseded
+from suffuse.checkpoints.layout import DIFFUSERS, PICKLE, SAFETENSORS, check_variant, find_weights, superseded
 from suffuse.checkpoints.saving import write_weights
 from suffuse.checkpoints.weights import Tolerance, load_weights
 from suffuse.configuration import ConfigMixin
@@ -23,6 +23,7 @@ from suffuse.hub.options import HUB_KEYWORDS, HubOptions
 from suffuse.hub.publishing import PushToHubMixin, publish
 from suffuse.hub.sources import opened_subfolder
 from suffuse.layers.gradient_checkpointing import GradientCheckpointing
+from suffuse.memory.offload import gathered_weights
 from suffuse.memory.placement import Device, Memory, Placing
 
 
@@ -168,9 +169,10 @@ class ModelMixin(ConfigMixin, PushToHubMixin, GradientCheckpointing):
             BusyError: Another process was writing the folder for half a minute.
             HubError: It was written, but the hub did not take it.
         """
+        check_variant(variant)
         if not is_main_process:
             return
-        tensors = self.state_dict()
+        tensors = gathered_weights(self)
         stale, size = superseded(DIFFUSERS, variant), sum(tensor.nbytes for tensor in tensors.values())
         with staged_folder(save_directory, keep=lambda path: not stale.fullmatch(str(path)), size=size) as folder:
             self.save_config(folder)

@@ -18,6 +18,7 @@ from suffuse.checkpoints.saving import write_weights
 from suffuse.checkpoints.transformers_models import load_processor, load_transformers_model
 from suffuse.configuration import ConfigMixin
 from suffuse.errors import ConfigError, SaveError, SuffuseError, nearest
+from suffuse.memory.offload import gathered_weights
 from suffuse.public_names import PUBLIC, resolve
 
 TRANSFORMERS: dict[str, str] = {
@@ -175,7 +176,7 @@ def _save_component(value: Any, folder: Path, safe_serialization: bool, variant:
             from suffuse.checkpoints.transformers_models import quiet
 
             with quiet():
-                value.save_pretrained(folder, variant=variant)
+                value.save_pretrained(folder, variant=variant, state_dict=gathered_weights(value))
         case naming:  # transformers writes no pickles any more
             value.config.save_pretrained(folder)
-            write_weights(value.state_dict(), folder, naming, PICKLE, variant)
+            write_weights(gathered_weights(value), folder, naming, PICKLE, variant)

@@ -25,7 +25,7 @@ from suffuse.checkpoints.atomic import staged_folder
 from suffuse.checkpoints.checksums import verify_folder
 from suffuse.checkpoints.fetching import namings_by_files
 from suffuse.checkpoints.foreign_code import Trust, write_sources
-from suffuse.checkpoints.layout import superseded
+from suffuse.checkpoints.layout import check_variant, superseded
 from suffuse.configuration import ConfigMixin
 from suffuse.diffusion.advance import GuidedStep, step_options
 from suffuse.diffusion.conditioning import Conditioner, Conditioning, Denoiser
@@ -371,6 +371,7 @@ class DiffusionPipeline(FromSingleFileMixin, PlacedModels, ConfigMixin, PushToHu
             naming = weights_naming(type(components[path.parts[0]]))
             return naming is not None and not superseded(naming, variant).fullmatch(path.name)
 
+        check_variant(variant)
         size = sum(tensor.nbytes for model in self._modules_by_name.values() for tensor in model.parameters())
         with staged_folder(save_directory, keep, size) as folder:
             for name, value in components.items():
@@ -427,11 +428,17 @@ class DiffusionPipeline(FromSingleFileMixin, PlacedModels, ConfigMixin, PushToHu
         self.__dict__.setdefault("_threads", threading.local()).run = run
 
     def __getstate__(self) -> dict[str, Any]:
+        if self.__dict__.get("_one_at_a_time") is not None:
+            raise InputError("an offloaded pipeline cannot be copied or pickled", remedy="pipe.remove_all_hooks() first")
         return {name: value for name, value in self.__dict__.items() if name != "_threads"}
 
     @contextlib.contextmanager
     def running(self, arguments: dict[str, Any]) -> Generator[Run]:
         """A run of the calling thread, with its own fork of the scheduler; a run it interrupts goes on afterwards."""
+        with self._one_at_a_time or contextlib.nullcontext():
+            yield from self._running(arguments)
+
+    def _running(self, arguments: dict[str, Any]) -> Generator[Run]:
         outer, run = self._run, Run(self.scheduler.fork(), arguments)
         run.clip_skip, run.cross_attention_kwargs = arguments.get("clip_skip"), arguments.get("cross_attention_kwargs")
         self._tell(run)

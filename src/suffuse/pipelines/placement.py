@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -32,6 +33,8 @@ class PlacedModels:
     _exclude_from_cpu_offload: ClassVar[list[str]] = []
 
     _offloaded: list[UserCpuOffloadHook]
+    _one_at_a_time: threading.RLock | None = None  # pyright: ignore[reportGeneralTypeIssues]
+    """Threads that share offloaded models take turns: the weights are where one of them needs them."""
     hf_device_map: dict[str, Device] | None = None
     """Model → device, as `device_map` put them; None if it did not."""
 
@@ -90,7 +93,8 @@ class PlacedModels:
             else:
                 device = value
         target = self._checked_device("to", device) if device is not None else None
-        if target is not None and execution_device(self._modules_by_name.values()) is not None:
+        offloaded = execution_device(self._modules_by_name.values()) is not None
+        if offloaded and (target is not None or any(p.is_meta for m in self._modules_by_name.values() for p in m.parameters())):
             raise InputError(
                 f"{type(self).__name__}.to: its models are offloaded, and move on their own",
                 remedy="pipe.remove_all_hooks() first; or leave it as it is: it computes on the accelerator",
@@ -167,8 +171,12 @@ class PlacedModels:
             raise InputError(f"{method}: gpu_id={gpu_id} and device={device!r} both name a number", remedy="pass one of the two")
         if target.type != "cpu" and not numbered:
             target = self._checked_device(method, f"{target.type}:{gpu_id or 0}")
+        for name, model in self._modules_by_name.items():
+            if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
+                raise InputError(f"{method}: parts of the {name} are on disk already", remedy="load it without device_map")
         self.remove_all_hooks()
         self.to("cpu", silence_dtype_warnings=True)
+        self._one_at_a_time = threading.RLock()
         return target
 
     def hold_in_place(self, places: Mapping[str, Device]) -> None:
@@ -187,7 +195,7 @@ class PlacedModels:
         """End offloading: the models are where their weights were before."""
         for model in self._modules_by_name.values():
             remove_hooks(model)
-        self._offloaded, self.hf_device_map = [], None
+        self._offloaded, self.hf_device_map, self._one_at_a_time = [], None, None
 
     def maybe_free_model_hooks(self) -> None:
         """Send offloaded models back to the CPU; every call of the pipeline ends with it."""

@@ -92,7 +92,7 @@ class FromSingleFileMixin:
         hub, components = HubOptions.split(components)
         if load_safety_checker and "safety_checker" not in components:
             raise InputError("a single file holds no safety checker", remedy="pass safety_checker=… and feature_extractor=…")
-        if scheduler_type is not None and scheduler_type not in SCHEDULERS:
+        if scheduler_type is not None and str(scheduler_type) not in SCHEDULERS:
             raise InputError("scheduler_type has the wrong value", found=scheduler_type, expected=", ".join(SCHEDULERS))
         file = open_single_file(
             fetched(pretrained_model_link_or_path, hub),
@@ -103,6 +103,8 @@ class FromSingleFileMixin:
             strict=strict,
         )
         target: Any = cls if cls.__name__ != "DiffusionPipeline" else _class_for(file)
+        if ("XL" in target.__name__) != file.architecture.name.startswith("Stable Diffusion XL"):
+            raise ConfigError(f"{file.path} is no checkpoint for {target.__name__}", found=file.architecture.name)
         parameters = target.parameters_of_init()
         for name in components:
             if name not in parameters:
@@ -119,6 +121,13 @@ class FromSingleFileMixin:
                 found=f"{file.architecture.name}: {', '.join(file.architecture.parts)}",
                 remedy=f"pass it: from_single_file(…, {missing[0]}=…)",
             )
+        lost = [
+            n
+            for n in components
+            if components[n] is None and n in target.component_names() and n not in target._optional_components
+        ]
+        if lost:
+            raise ConfigError(f"{target.__name__} needs {', '.join(lost)}", found=None, remedy="leave it out, and it is read")
         values: dict[str, Any] = dict.fromkeys(n for n in target._optional_components if n in parameters) | made | components
         if "requires_safety_checker" in parameters:
             values.setdefault("requires_safety_checker", False)
