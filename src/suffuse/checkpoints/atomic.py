@@ -137,8 +137,7 @@ def _real(target: str | os.PathLike[str]) -> Path:
         if not os.fspath(target):
             raise ValueError("it is empty")
         path = Path(os.fsdecode(os.path.realpath(target)))
-        os.path.lexists(path)
-        path.exists()
+        path.exists()  # which raises for a name that no file can have
     except (TypeError, ValueError, OSError) as error:
         raise SaveError(f"a place to save to needs a name: {error}", found=target) from None
     return path

@@ -53,23 +53,20 @@ class RenamedSource:
 
     def fill(self, targets: Mapping[str, Tensor]) -> None:
         """Write the tensors over the given ones; see `Source.fill`."""
-        whole: dict[str, Tensor] = {}
+        stored, whole = self._source.tensors, dict[str, Tensor]()
+        parts: dict[str, list[tuple[Piece, Tensor]]] = {}
         for name, target in targets.items():
             piece = self._pieces[name]
-            stored = self._source.tensors[piece.name]
             if piece.third is None and not piece.transposed:
-                whole[piece.name] = target.view(stored.shape)
+                whole[piece.name] = target.view(stored[piece.name].shape)
+            else:
+                parts.setdefault(piece.name, []).append((piece, target))
         self._source.fill(whole)
-        for file_name in dict.fromkeys(self._pieces[name].name for name in targets):
-            if file_name in whole:
-                continue
-            stored = self._source.tensors[file_name]
-            scratch = torch.empty(stored.shape, dtype=stored.dtype)
-            self._source.fill({file_name: scratch})
-            for name, target in targets.items():
-                piece = self._pieces[name]
-                if piece.name == file_name:
-                    target.copy_(scratch.t() if piece.transposed else scratch.chunk(3)[piece.third or 0])
+        for name, wanted in parts.items():
+            scratch = torch.empty(stored[name].shape, dtype=stored[name].dtype)
+            self._source.fill({name: scratch})
+            for piece, target in wanted:
+                target.copy_(scratch.t() if piece.transposed else scratch.chunk(3)[piece.third or 0])
 
     def mapped(self, types: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
         """None; see `Source.mapped`."""
@@ -88,10 +85,10 @@ def _pieces(tensors: Mapping[str, Stored], part: Part) -> Iterator[tuple[str, Pi
             and not inner.startswith(("encoder.", "decoder.", "quant", "post_quant"))
         ):
             continue
-        match = re.fullmatch(r"(transformer\.resblocks\.(\d+))\.attn\.in_proj_(weight|bias)", inner)
+        match = re.fullmatch(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)", inner)
         if match:
             for third, projection in enumerate(QKV):
-                yield f"encoder.layers.{match[2]}.self_attn.{projection}.{match[3]}", Piece(name, third)
+                yield f"encoder.layers.{match[1]}.self_attn.{projection}.{match[2]}", Piece(name, third)
         elif inner == "text_projection" and part.modules:
             yield renamed(inner, part.modules), Piece(name, transposed=True)
         else:

@@ -38,18 +38,15 @@ class SingleFile:
     source: Source
     architecture: Architecture
 
-    def part(self, *names: str) -> Part:
-        """The first of these components that the file holds.
+    def part(self, name: str) -> Part:
+        """The component of that name.
 
         Raises:
-            ConfigError: It holds none of them.
+            ConfigError: The file does not hold it.
         """
-        for name in names:
-            if name in self.architecture.parts:
-                return self.architecture.parts[name]
-        raise ConfigError(
-            f"{self.path} holds no {' or '.join(names)}", found=f"{self.architecture.name}: {', '.join(self.architecture.parts)}"
-        )
+        if name in self.architecture.parts:
+            return self.architecture.parts[name]
+        raise ConfigError(f"{self.path} holds no {name}", found=f"{self.architecture.name}: {', '.join(self.architecture.parts)}")
 
     def tensors(self, part: Part, averaged: bool = False) -> RenamedSource:
         """The tensors of a component, under the names of its model; the running averages of them, if asked so."""

@@ -23,6 +23,12 @@ from suffuse.memory.estimate import decoder_activations, text_activations, unet_
 Config = Mapping[str, Any]
 LARGEST = 2**16
 """Layers, pixels and pictures that can be asked for."""
+OFFLOADS: dict[str, list[str]] = {
+    "none": [],
+    "models": ["pipe.enable_model_cpu_offload()"],
+    "parts": ["pipe.enable_sequential_cpu_offload()"],
+}
+"""Where models wait → the switch for it."""
 
 
 @dataclass(frozen=True)
@@ -168,12 +174,7 @@ def switches(request: Request) -> list[str]:
     lines: list[str] = [f"torch_dtype=torch.{request.dtype}"] if request.dtype != "float32" else []
     lines += ["pipe.enable_vae_slicing()"] if request.slicing else []
     lines += ["pipe.enable_vae_tiling()"] if request.tiling else []
-    return (
-        lines
-        + {"none": list[str](), "models": ["pipe.enable_model_cpu_offload()"], "parts": ["pipe.enable_sequential_cpu_offload()"]}[
-            request.offload
-        ]
-    )
+    return lines + OFFLOADS[request.offload]
 
 
 def _announced(source: Source, variant: str | None) -> tuple[list[Component], dict[str, int]]:

@@ -53,7 +53,7 @@ class AutoencoderKL(SingleFileModelMixin, AttentionServices, MemorySavings, Mode
 
     tile_overlap_factor = 0.25
 
-    _single_file_parts = ("vae",)
+    _single_file_part = "vae"
 
     @register_to_config
     def __init__(

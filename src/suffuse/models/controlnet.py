@@ -116,7 +116,7 @@ class ControlNetModel(SingleFileModelMixin, UNet2DEncoder):
         ConfigError: The values do not make a network; the message says which.
     """
 
-    _single_file_parts = ("controlnet",)
+    _single_file_part = "controlnet"
 
     @register_to_config
     def __init__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -18,10 +18,10 @@ class SingleFileModelMixin:
     """A model that single files hold.
 
     Class attributes:
-        _single_file_parts: What the component may be called in a file's architecture.
+        _single_file_part: What the component is called in a file's architecture.
     """
 
-    _single_file_parts: ClassVar[Sequence[str]] = ()
+    _single_file_part: ClassVar[str] = ""
 
     @classmethod
     def from_single_file(
@@ -67,24 +67,23 @@ class SingleFileModelMixin:
             original=original_config_file,
             strict=strict,
         )
-        return load_part(
-            cls, file, *cls._single_file_parts, torch_dtype=torch_dtype, averaged=extract_ema, strict=strict, **config
-        )
+        return load_part(cls, file, cls._single_file_part, torch_dtype=torch_dtype, averaged=extract_ema, strict=strict, **config)
 
 
 def load_part(
     cls: type[Any],
     file: SingleFile,
-    *names: str,
+    name: str,
+    *,
     torch_dtype: torch.dtype | str | None = None,
     averaged: bool = False,
     strict: bool = False,
     **config: Any,
 ) -> Any:
-    """A model of class `cls`, out of the first of the components so named that a single file holds."""
-    part = file.part(*names)
+    """A model of class `cls`, out of the component so named of a single file."""
+    part = file.part(name)
     if part.kind != cls.__name__:
-        raise ConfigError(f"{file.path}: {names[0]} is no {cls.__name__}", found=part.kind)
+        raise ConfigError(f"{file.path}: {name} is no {cls.__name__}", found=part.kind)
     values = {name: value for name, value in part.config.items() if name in cls.parameters_of_init()} | config
     model, _ = load_weights(
         lambda: cls.from_config(values),

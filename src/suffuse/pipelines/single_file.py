@@ -34,7 +34,7 @@ SCHEDULERS = {
 }
 """What `scheduler_type` names."""
 
-FAMILIES: tuple[tuple[str, int, str], ...] = (
+MADE_FOR: tuple[tuple[str, int, str], ...] = (
     ("Stable Diffusion XL refiner", 4, "StableDiffusionXLImg2ImgPipeline"),
     ("Stable Diffusion XL", 4, "StableDiffusionXLPipeline"),
     ("Stable Diffusion XL", 9, "StableDiffusionXLInpaintPipeline"),
@@ -154,7 +154,7 @@ class FromSingleFileMixin:
 
 def _class_for(file: SingleFile) -> type[Any]:
     name, channels = file.architecture.name, file.part("unet").config["in_channels"]
-    for beginning, taken, pipeline in FAMILIES:
+    for beginning, taken, pipeline in MADE_FOR:
         if name.startswith(beginning) and channels == taken:
             if pipeline in PUBLIC:
                 return resolve(pipeline)
