@@ -1,6 +1,7 @@
 """Train the UNet on the latents of scenes and the states of their captions.
 
     python recipes/emoji/diffusion.py --minutes 600 [--concepts 160] [--device cuda]
+    torchrun --nproc-per-node 2 recipes/emoji/diffusion.py …          the same with two processes: each its own batches
     python recipes/emoji/diffusion.py --overfit 27 --minutes 10
 
 The same command goes on after an interruption; needs `build/vae`, `build/text_encoder` and `build/tokenizer`. Now and then,
@@ -149,10 +150,11 @@ def train(run: Training, parts: Parts, lessons: Lessons, batch: int, pictures: P
         with torch.autocast(device, torch.bfloat16):
             loss = loss_of(run.module, noises, latents[chosen.to(device)].float(), states, run.generator)
         run.step(loss)
-        if run.spent - told > 900:
+        if run.leads and run.spent - told > 900:
             told = run.spent
             sheet(draw(parts.pipeline(run.mean), list(PROMPTS)), 12).save(pictures)
-    sheet(draw(parts.pipeline(run.mean), list(PROMPTS)), 12).save(pictures)
+    if run.leads:
+        sheet(draw(parts.pipeline(run.mean), list(PROMPTS)), 12).save(pictures)
     return run.mean
 
 
@@ -196,8 +198,10 @@ def main(told: argparse.Namespace) -> None:
             raise SystemExit("the gate is not passed: do not start the long run")
         return
     lessons = Lessons(drawings, concepts(drawings, told.concepts))
-    unet = train(Training(unet, told.folder / "unet.pt", **settings), parts, lessons, told.batch, told.folder / "unet.png")
-    unet.to("cpu").save_pretrained(told.folder / "unet")
+    run = Training(unet, told.folder / "unet.pt", **settings)
+    unet = train(run, parts, lessons, told.batch, told.folder / "unet.png")
+    if run.leads:
+        unet.to("cpu").save_pretrained(told.folder / "unet")
 
 
 if __name__ == "__main__":

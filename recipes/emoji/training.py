@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as distributed
 from torch import Tensor, nn
 
 
@@ -17,6 +18,9 @@ class Training:
 
     The learning rate warms up, stays, and falls to zero at the end of the budget. `path` holds weights, their mean, the
     optimizer, the generator and the clock; it is replaced in one move, so that it is whole at any time.
+
+    Started by `torchrun --nproc-per-node COUNT`, the processes train one module on batches of their own; the first keeps
+    the clock and the checkpoint.
 
     Args:
         module: What is trained.
@@ -47,12 +51,17 @@ class Training:
         others = [weight for weight in module.parameters() if weight.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
+        if "RANK" in os.environ:
+            distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        self.rank, self.workers = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.generator = torch.Generator().manual_seed(seed)
         self.steps, self.spent, self.losses = 0, 0.0, 0.0
         self._tick: float | None = None
         self._saved = self._told = time.monotonic()
         if path.exists():
             self._resume()
+        if self.rank:
+            self.generator.manual_seed(seed + self.rank + self.workers * self.steps)
 
     def _state(self) -> dict:
         return {
@@ -81,6 +90,11 @@ class Training:
         self._saved = time.monotonic()
 
     @property
+    def leads(self) -> bool:
+        """Whether this is the process that tells, draws and saves."""
+        return self.rank == 0
+
+    @property
     def progress(self) -> float:
         """Share of the budget that is spent, in [0, 1]."""
         return min(self.spent / self.budget, 1.0)
@@ -96,6 +110,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * warm * (0.5 - 0.5 * math.cos(math.pi * cooling))
         loss.backward()
+        self._average()
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
         if bool(norm.isfinite()):
             self.optimizer.step()
@@ -107,10 +122,25 @@ class Training:
         self.losses = 0.98 * self.losses + 0.02 * float(loss.detach()) if self.steps > 1 and self.losses else float(loss.detach())
         self._clock()
 
+    def _average(self) -> None:
+        """One gradient for all processes: the mean of theirs."""
+        if self.workers > 1:
+            gradients = [weight.grad for weight in self.module.parameters()]
+            together = torch.cat([gradient.flatten() for gradient in gradients]).div_(self.workers)
+            distributed.all_reduce(together)
+            parts = together.split([gradient.numel() for gradient in gradients])
+            torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)])
+
     def _clock(self) -> None:
         now = time.monotonic()
         self.spent += now - (self._tick or now)
         self._tick = now
+        if self.workers > 1:
+            leading = torch.tensor([self.spent], dtype=torch.float64, device=next(self.module.parameters()).device)
+            distributed.broadcast(leading, 0)
+            self.spent = float(leading)
+        if not self.leads:
+            return
         if now - self._told > 30:
             self._told = now
             print(f"{self.spent / 60:6.1f} min  step {self.steps}  loss {self.losses:.4f}", flush=True)
