@@ -69,8 +69,13 @@ def write_weights(
     write_text(folder / index_names(stem, suffix, variant)[0], json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write one safetensors file, tensor by tensor: no second copy of the weights is made.
+
+    Args:
+        tensors: By name.
+        path: The file.
+        metadata: Text by name, for the header.
 
     Raises:
         SaveError: A tensor has no storage, or a type that the format does not know.
@@ -80,7 +85,7 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
             raise SaveError(f"tensor {name!r} cannot be saved", found=f"{tensor.dtype} on {tensor.device}")
     width = {dtype: position for position, dtype in enumerate(BITS)}
     order = sorted(tensors, key=lambda name: (-width[_NAMES[tensors[name].dtype]], name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
     for name in order:
         end = position + _size(tensors[name])

@@ -12,6 +12,7 @@ from torch import Tensor
 from suffuse.diffusion.conditioning import Conditioning
 from suffuse.diffusion.loop import Finished, SilentHook, Step
 from suffuse.errors import InputError, NonFiniteError
+from suffuse.noise import Generators, move_to
 from suffuse.schedulers.scheduler import SchedulerMixin
 
 
@@ -102,6 +103,17 @@ class EndWhen(SilentHook):
         """Ask."""
         if self.asked():
             raise Finished
+
+
+@dataclass
+class CountNoise(SilentHook):
+    """Tell noise that is a function of the step which one it is."""
+
+    generator: Generators
+
+    def before(self, step: Step) -> None:
+        """Begin the step."""
+        move_to(self.generator, step.index + 1)
 
 
 @dataclass

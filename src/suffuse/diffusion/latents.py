@@ -9,8 +9,7 @@ from torch import Tensor
 
 from suffuse.diffusion.precision import in_float32
 from suffuse.errors import InputError
-
-Generators = torch.Generator | list[torch.Generator] | None
+from suffuse.noise import Generators, Source
 
 
 def encode_image(vae: Any, image: Tensor, generator: Generators = None, upcast: bool = False) -> Tensor:
@@ -67,5 +66,5 @@ def repeats(batch: int, values: Tensor, name: str) -> int:
     return batch // len(values)
 
 
-def _sample(encoded: Any, generator: torch.Generator | None) -> Tensor:
+def _sample(encoded: Any, generator: Source | None) -> Tensor:
     return encoded.latent_dist.sample(generator) if hasattr(encoded, "latent_dist") else encoded.latents

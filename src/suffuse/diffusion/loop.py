@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -59,11 +60,11 @@ Advance = Callable[[Step], Tensor]
 """Makes one step: the latents of the next timestep."""
 
 
-def denoise(latents: Tensor, timesteps: Tensor, advance: Advance, hooks: Sequence[Hook] = ()) -> Tensor:
-    """Walk `latents` down `timesteps`: `advance` makes one step, `hooks` act before and after it."""
+def denoise(latents: Tensor, timesteps: Tensor, advance: Advance, hooks: Sequence[Hook] = (), begin: int = 0) -> Tensor:
+    """Walk `latents` down `timesteps`, from step `begin`: `advance` makes one step, `hooks` act before and after it."""
     step = Step(latents, total=len(timesteps))
     try:
-        for step.index, step.timestep in enumerate(timesteps):
+        for step.index, step.timestep in islice(enumerate(timesteps), begin, None):
             for hook in hooks:
                 hook.before(step)
             step.latents = advance(step)

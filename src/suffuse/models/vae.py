@@ -13,7 +13,7 @@ from suffuse.layers.normalization import SpatialNorm, group_norm
 from suffuse.models.block_layers import BlockOptions
 from suffuse.models.sizes import require_length, require_positive
 from suffuse.models.unet_2d_blocks import DECODER_BLOCKS, ENCODER_BLOCKS, MID_BLOCKS, MidBlock, Place, find_block
-from suffuse.noise import randn_tensor
+from suffuse.noise import Generators, randn_tensor
 from suffuse.outputs import BaseOutput
 
 EPS = 1e-6
@@ -179,7 +179,7 @@ class DiagonalGaussianDistribution:
         self.std = torch.zeros_like(self.mean) if deterministic else torch.exp(0.5 * self.logvar)
         self.var = self.std if deterministic else torch.exp(self.logvar)
 
-    def sample(self, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
+    def sample(self, generator: Generators = None) -> Tensor:
         """Draw one, on the generator's device; a list gives each item of the batch its own generator."""
         noise = randn_tensor(
             tuple(self.mean.shape), generator=generator, device=self.parameters.device, dtype=self.parameters.dtype

@@ -9,15 +9,18 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from suffuse.errors import InputError, LimitError, UnknownArgumentError, nearest, unknown_argument
+from suffuse.noise import CounterNoise, Source, fresh
+from suffuse.pipelines.saved_run import RunWriter, SavedRun
 from suffuse.processing.image import MAX_PIXELS, check_output_type
 
 _Call = TypeVar("_Call", bound=Callable[..., Any])
@@ -132,15 +135,26 @@ def fraction(name: str, value: Any) -> None:
 
 
 def generators(name: str, value: Any) -> None:
-    """None, a torch.Generator, or a list of them."""
+    """None, a torch.Generator or a CounterNoise, or a list of them."""
     items = value if isinstance(value, list) and value else [value]
-    if value is not None and not all(isinstance(item, torch.Generator) for item in items):
+    if value is not None and not all(isinstance(item, Source) for item in items):
         raise InputError(
             f"{name} has the wrong type",
             found=_shown(value),
             expected="a torch.Generator, or a list of one for each picture",
-            remedy="torch.Generator(device).manual_seed(seed)",
+            remedy="pass seed=7, or generator=torch.Generator(device).manual_seed(7)",
         )
+
+
+def seeds(name: str, value: Any) -> None:
+    """None, a whole number of 64 bits, or a list of them."""
+    for item in value if isinstance(value, list) and value else [value]:
+        optional(whole(0, 2**64 - 1))(name, item)
+
+
+def saved_run(name: str, value: Any) -> None:
+    """None, the path of a file, or a `SavedRun`."""
+    optional(is_a(str, os.PathLike, SavedRun, spelled="the path of a file"))(name, value)
 
 
 def tensor(*, dimensions: int, kind: str = "floating point") -> Check:
@@ -239,6 +253,19 @@ ARGUMENTS: dict[str, Argument] = {
     "generator": Argument(
         "The source of noise; the same seed gives the same picture. One, or a list of one a picture.", generators
     ),
+    "seed": Argument(
+        "Instead of `generator`: noise that depends on (seed, image, step) alone, not on batch, device or type. A whole number, "
+        "or a list of one a picture.",
+        seeds,
+    ),
+    "save_run": Argument(
+        "A file to write the run to, before the first step and after each; `{step}` in its name keeps them all.",
+        optional(is_a(str, os.PathLike, spelled="the path of a file")),
+    ),
+    "resume": Argument(
+        "A file that `save_run` wrote: go on from there. All arguments are those of the run; those given change it from here on.",
+        saved_run,
+    ),
     "latents": Argument("(batch, channels, height / 8, width / 8): the noise to start from.", tensor(dimensions=4)),
     "ip_adapter_image": Argument("A picture to take after, for pipelines with an IP-Adapter loaded."),
     "output_type": Argument('"pil", "np", "pt", or "latent".', lambda name, value: check_output_type(value)),
@@ -261,6 +288,12 @@ ARGUMENTS: dict[str, Argument] = {
 
 
 # ---------------------------------------------------------------- what must fit together
+
+
+def prompt_count(arguments: Mapping[str, Any]) -> int:
+    """How many prompts a call has."""
+    prompt, embeds = arguments["prompt"], arguments["prompt_embeds"]
+    return len(prompt) if isinstance(prompt, list) else 1 if embeds is None else len(embeds)
 
 
 def check_components(pipe: Any, arguments: Mapping[str, Any]) -> None:
@@ -286,7 +319,7 @@ def check_prompts(arguments: Mapping[str, Any]) -> None:
             found=f"{tuple(embeds.shape)} and {tuple(negative_embeds.shape)}",
             expected="the same shape",
         )
-    count = len(prompt) if isinstance(prompt, list) else 1 if embeds is None else len(embeds)
+    count = prompt_count(arguments)
     given = negative if isinstance(negative, list) else negative_embeds
     if given is not None and len(given) != count:
         name = "negative_prompt" if given is negative else "negative_prompt_embeds"
@@ -297,8 +330,7 @@ def check_prompts(arguments: Mapping[str, Any]) -> None:
 
 def check_second_prompts(arguments: Mapping[str, Any]) -> None:
     """Raise `InputError` unless what a second text encoder is told goes with what the first is told."""
-    prompt, embeds = arguments["prompt"], arguments["prompt_embeds"]
-    count = len(prompt) if isinstance(prompt, list) else 1 if embeds is None else len(embeds)
+    count = prompt_count(arguments)
     for sign in ("", "negative_"):
         second, states = arguments.get(f"{sign}prompt_2"), arguments[f"{sign}prompt_embeds"]
         pooled = arguments.get(f"{sign}pooled_prompt_embeds")
@@ -347,6 +379,52 @@ def check_shape(name: str, value: Tensor | None, expected: tuple[int, ...]) -> N
         raise InputError(f"{name} has the wrong shape", found=tuple(value.shape), expected=expected)
 
 
+# ---------------------------------------------------------------- noise, and runs that were begun
+
+
+def begun_run(pipe: Any, given: dict[str, Any]) -> SavedRun | None:
+    """The run that a call goes on with; of its arguments, none contradicts one that is given.
+
+    Raises:
+        InputError: It is a run of another pipeline.
+    """
+    resume = given.get("resume")
+    saved_run("resume", resume)
+    if resume is None:
+        return None
+    run = resume if isinstance(resume, SavedRun) else SavedRun.load(resume)
+    run.check(type(pipe).__name__, pipe.name_or_path)
+    instead = {"seed": ("generator",), "generator": ("seed",), "prompt": ("prompt_embeds",), "prompt_embeds": ("prompt",)}
+    dropped = {other for name in given for other in instead.get(name, ())}
+    kept = {name: value for name, value in run.arguments.items() if name not in dropped}
+    return replace(run, arguments=kept, generators=[] if given.keys() & {"seed", "generator"} else run.generators)
+
+
+def seed_of(arguments: Mapping[str, Any]) -> Any:
+    """The seed of a call; one is drawn if the run is to be saved, as the generator that all calls share is not to be found again.
+
+    Raises:
+        InputError: A generator is given too, or seeds for another number of pictures.
+    """
+    seed, generator = arguments["seed"], arguments["generator"]
+    if seed is not None and generator is not None:
+        raise InputError("seed and generator are both given", remedy="pass one of the two")
+    if arguments["save_run"] is not None and seed is None and generator is None:
+        return int(torch.randint(2**63 - 1, ()))
+    check_batch("seed", seed, prompt_count(arguments) * arguments["num_images_per_prompt"])
+    return seed
+
+
+def sources_of_noise(arguments: Mapping[str, Any]) -> Any:
+    """What a call draws noise from: its `generator`, or of its `seed` one source for each picture."""
+    seed = arguments["seed"]
+    if seed is None:
+        return fresh(arguments["generator"])
+    if isinstance(seed, list):
+        return [CounterNoise(one) for one in cast(list[int], seed)]
+    return [CounterNoise(seed, image) for image in range(prompt_count(arguments) * arguments["num_images_per_prompt"])]
+
+
 # ---------------------------------------------------------------- the decorator
 
 
@@ -369,7 +447,11 @@ def recipe(call: _Call) -> _Call:
             bound = signature.bind(self, *args, **kwargs)
         except TypeError as error:
             raise UnknownArgumentError(f"{type(self).__name__}(): {error}", expected=", ".join(names)) from None
+        given = {name: value for name, value in bound.arguments.items() if name != "self"}
+        begun = begun_run(self, given)
         bound.apply_defaults()
+        if begun is not None:
+            bound.arguments |= begun.arguments | given | {"resume": begun}
         arguments = {name: _listed(bound.arguments[name]) for name in names}
         for name, value in arguments.items():
             ARGUMENTS[name].check(name, value)
@@ -377,7 +459,11 @@ def recipe(call: _Call) -> _Call:
         check_prompts(arguments)
         check_second_prompts(arguments)
         check_callback_names(self, arguments)
-        with self.running(arguments), torch.no_grad():
+        arguments["seed"] = seed_of(arguments)
+        writer = RunWriter.of(self, arguments)
+        arguments["generator"] = sources_of_noise(arguments)
+        with self.running(arguments) as run, torch.no_grad():
+            run.writer = writer
             return call(self, **arguments)
 
     lines = [f"    {name}: {ARGUMENTS[name].description}" for name in names]

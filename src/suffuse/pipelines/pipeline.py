@@ -30,7 +30,7 @@ from suffuse.configuration import ConfigMixin
 from suffuse.diffusion.advance import GuidedStep, step_options
 from suffuse.diffusion.conditioning import Conditioner, Conditioning, Denoiser
 from suffuse.diffusion.guidance import ClassifierFreeGuidance, Guidance
-from suffuse.diffusion.hooks import CallbackOnStepEnd, EndWhen, OnWholeSteps, WatchNumbers
+from suffuse.diffusion.hooks import CallbackOnStepEnd, CountNoise, EndWhen, OnWholeSteps, WatchNumbers
 from suffuse.diffusion.loop import Hook, Step, denoise
 from suffuse.errors import ConfigError, InputError, unknown_argument
 from suffuse.hub.options import HUB_KEYWORDS, HubOptions
@@ -52,6 +52,7 @@ from suffuse.pipelines.loading import (
     read_index,
 )
 from suffuse.pipelines.placement import PlacedModels
+from suffuse.pipelines.saved_run import RunWriter, SaveSteps
 from suffuse.pipelines.single_file import FromSingleFileMixin
 from suffuse.processing.image import VaeImageProcessor
 from suffuse.schedulers.scheduler import SchedulerMixin
@@ -78,6 +79,7 @@ class Run:
         cross_attention_kwargs: As they were passed.
         num_timesteps: Model evaluations on the way.
         interrupt: Set by a callback to end before the next step.
+        writer: Writes each step to a file, if the call asks for that.
     """
 
     scheduler: SchedulerMixin
@@ -87,6 +89,7 @@ class Run:
     cross_attention_kwargs: dict[str, Any] | None = None
     num_timesteps: int = 0
     interrupt: bool = False
+    writer: RunWriter | None = None
 
     def set_timesteps(self, device: torch.device) -> int:
         """Tell the scheduler how many steps to take, or which; returns how many."""
@@ -476,10 +479,14 @@ class DiffusionPipeline(FromSingleFileMixin, PlacedModels, ConfigMixin, PushToHu
         scheduler, arguments = run.scheduler, run.arguments
         options = step_options(scheduler, eta=arguments["eta"], generator=arguments["generator"])
         advance = GuidedStep(Denoiser(model, scheduler, conditioning, conditioners), run.guidance, scheduler, options)
-        run.num_timesteps = len(timesteps)
-        with self.progress_bar(total=num_inference_steps) as bar:
+        run.num_timesteps, begin = len(timesteps), 0
+        if arguments["resume"] is not None:
+            latents, begin = arguments["resume"].restore(scheduler, latents, timesteps, arguments["generator"])
+        saved = [SaveSteps(run.writer, scheduler)] if run.writer is not None else []
+        with self.progress_bar(total=num_inference_steps, initial=begin // scheduler.order) as bar:
             told = self.callbacks(run, conditioning, num_inference_steps, bar)
-            latents = denoise(latents, timesteps, advance, [EndWhen(lambda: run.interrupt), *hooks, *watched, *told])
+            acting = [EndWhen(lambda: run.interrupt), CountNoise(arguments["generator"]), *hooks, *watched, *told, *saved]
+            latents = denoise(latents, timesteps, advance, acting, begin)
         numbers.check(latents, type(model).__name__)
         return latents
 
@@ -497,9 +504,9 @@ class DiffusionPipeline(FromSingleFileMixin, PlacedModels, ConfigMixin, PushToHu
         newer = [CallbackOnStepEnd(self, function, names, conditioning)] if function is not None else []
         return [*newer, OnWholeSteps(order, num_inference_steps, tell)]
 
-    def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
+    def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None, initial: int = 0) -> Any:
         """A tqdm bar, as `set_progress_bar_config` set it up."""
-        return tqdm(iterable, total=total, **self.__dict__.get("_progress_bar_config", {}))
+        return tqdm(iterable, total=total, initial=initial, **self.__dict__.get("_progress_bar_config", {}))
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
         """Keywords for the tqdm bars of this pipeline: `disable=True`, `desc="…"`."""

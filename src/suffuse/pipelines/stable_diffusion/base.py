@@ -16,12 +16,12 @@ from suffuse.diffusion.advance import step_options
 from suffuse.diffusion.conditioning import Conditioner, Conditioning, Keywords, text
 from suffuse.diffusion.decoders import decode_latents
 from suffuse.diffusion.guidance import ClassifierFreeGuidance, EmbeddedGuidance, Guidance, guidance_scale_embedding
-from suffuse.diffusion.latents import Generators, encode_image, repeats
+from suffuse.diffusion.latents import encode_image, repeats
 from suffuse.diffusion.prompts import encode_text, repeat_rows
 from suffuse.errors import ConfigError, InputError
-from suffuse.noise import randn_tensor
+from suffuse.noise import Generators, randn_tensor
 from suffuse.outputs import BaseOutput
-from suffuse.pipelines.arguments import check_batch, check_pixels, check_shape
+from suffuse.pipelines.arguments import check_batch, check_pixels, check_shape, prompt_count
 from suffuse.pipelines.pipeline import DiffusionPipeline, Run
 from suffuse.processing.image import VaeImageProcessor
 
@@ -334,9 +334,7 @@ class StableDiffusionBase(DiffusionPipeline):
     def unchanged(self, pictures: Tensor) -> Any:
         """What a strength of 0 gives: the pictures themselves, as many as were asked for."""
         arguments = self._run.arguments
-        prompt, embeds = arguments["prompt"], arguments["prompt_embeds"]
-        count = len(prompt) if isinstance(prompt, list) else 1 if embeds is None else len(embeds)
-        batch = count * arguments["num_images_per_prompt"]
+        batch = prompt_count(arguments) * arguments["num_images_per_prompt"]
         pictures = torch.cat([pictures] * repeats(batch, pictures, "image"))
         if pictures.shape[1] == self.latent_channels or arguments["output_type"] == "latent":
             return self.finish(self.encode_pictures(pictures, self.vae.dtype), self.vae.dtype)

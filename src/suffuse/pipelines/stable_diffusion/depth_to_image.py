@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from suffuse.diffusion.conditioning import Channels
-from suffuse.diffusion.latents import Generators, repeats
+from suffuse.diffusion.latents import repeats
 from suffuse.errors import InputError
+from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
 from suffuse.pipelines.pipeline import ImagePipelineOutput
+from suffuse.pipelines.saved_run import SavedRun
 from suffuse.pipelines.stable_diffusion.base import StableDiffusionBase
 from suffuse.processing.image import ImageInput
 
@@ -84,6 +87,9 @@ class StableDiffusionDepth2ImgPipeline(StableDiffusionBase):
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
         callback: Callable[..., Any] | None = None,
         callback_steps: int | None = None,
+        seed: Seeds = None,
+        save_run: str | os.PathLike[str] | None = None,
+        resume: str | os.PathLike[str] | SavedRun | None = None,
     ) -> Any:
         """Redraw pictures as prompts say, keeping their depth.
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from suffuse.diffusion.latents import Generators
+from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
+from suffuse.pipelines.saved_run import SavedRun
 from suffuse.pipelines.stable_diffusion.base import StableDiffusionBase
 from suffuse.processing.image import ImageInput
 
@@ -40,6 +42,9 @@ class StableDiffusionImg2ImgPipeline(StableDiffusionBase):
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
         callback: Callable[..., Any] | None = None,
         callback_steps: int | None = None,
+        seed: Seeds = None,
+        save_run: str | os.PathLike[str] | None = None,
+        resume: str | os.PathLike[str] | SavedRun | None = None,
     ) -> Any:
         """Redraw pictures as prompts say.
 

@@ -6,13 +6,15 @@ picture is laid back, at the right noise level, after every step.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from suffuse.diffusion.latents import Generators
+from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
+from suffuse.pipelines.saved_run import SavedRun
 from suffuse.pipelines.stable_diffusion.painting import Painting
 from suffuse.processing.image import ImageInput
 
@@ -53,6 +55,9 @@ class StableDiffusionInpaintPipeline(Painting):
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
         callback: Callable[..., Any] | None = None,
         callback_steps: int | None = None,
+        seed: Seeds = None,
+        save_run: str | os.PathLike[str] | None = None,
+        resume: str | os.PathLike[str] | SavedRun | None = None,
     ) -> Any:
         """Paint pictures anew where the mask is white.
 

@@ -16,6 +16,7 @@ from suffuse.diffusion.latents import repeats
 from suffuse.diffusion.loop import Hook
 from suffuse.errors import InputError
 from suffuse.models.autoencoder_asymmetric_kl import AsymmetricAutoencoderKL
+from suffuse.noise import belongs_to_images
 from suffuse.pipelines.arguments import check_shape
 from suffuse.pipelines.stable_diffusion.base import StableDiffusionBase
 from suffuse.processing.image import VaeImageProcessor
@@ -77,7 +78,7 @@ class Painting(StableDiffusionBase):
 
         # The generator is spent on the picture, the noise, the masked picture: in this order.
         from_picture = resumed or (strength < 1 and latents is None)
-        known = self.repeated(batch, self.encode_pictures(pictures, dtype), "image") if self.plain or from_picture else pictures
+        known = self.repeated(batch, self.encode_for(batch, pictures, dtype), "image") if self.plain or from_picture else pictures
         noise = self.make_noise(shape, dtype)
         noisy = noise * run.scheduler.init_noise_sigma
         if from_picture:
@@ -145,10 +146,15 @@ class Painting(StableDiffusionBase):
         if masked_latents is None and pictures.shape[1] == self.latent_channels:
             return {"mask": mask}
         if masked_latents is None:
-            masked_latents = self.encode_pictures(pictures * (painted < 0.5), dtype)
+            masked_latents = self.encode_for(batch, pictures * (painted < 0.5), dtype)
         masked_latents = masked_latents.to(device=self._execution_device, dtype=dtype)
         masked_latents = masked_latents if len(masked_latents) == batch else self.repeated(batch, masked_latents, "image")
         return {"mask": mask, "masked_image_latents": masked_latents}
+
+    def encode_for(self, batch: int, pictures: Tensor, dtype: torch.dtype) -> Tensor:
+        """Latents of pictures: of each picture, or of each of the batch where each has noise of its own."""
+        apart = belongs_to_images(self._run.arguments["generator"])
+        return self.encode_pictures(self.repeated(batch, pictures, "image") if apart else pictures, dtype)
 
     @staticmethod
     def repeated(batch: int, values: Tensor, name: str) -> Tensor:

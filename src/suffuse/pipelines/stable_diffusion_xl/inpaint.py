@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from suffuse.diffusion.latents import Generators
+from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
+from suffuse.pipelines.saved_run import SavedRun
 from suffuse.pipelines.stable_diffusion.painting import Painting
 from suffuse.pipelines.stable_diffusion_xl.base import StableDiffusionXLBase
 from suffuse.processing.image import ImageInput
@@ -67,6 +69,9 @@ class StableDiffusionXLInpaintPipeline(StableDiffusionXLBase, Painting):  # pyri
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
         callback: Callable[..., Any] | None = None,
         callback_steps: int | None = None,
+        seed: Seeds = None,
+        save_run: str | os.PathLike[str] | None = None,
+        resume: str | os.PathLike[str] | SavedRun | None = None,
     ) -> Any:
         """Paint pictures anew where the mask is white.
 

@@ -1,0 +1,377 @@
+"""A run as a file: written after any step, gone on with in another process, forked into another picture.
+
+    pipe("a lighthouse", seed=7, save_run="lighthouse-{step}.safetensors")
+    pipe(resume="lighthouse-20.safetensors")                              # the same picture, bit for bit
+    pipe(resume="lighthouse-20.safetensors", prompt="a lighthouse at night")
+
+The file holds what a step begins with: the latents, the memory of the scheduler and the state of the generators; and what the
+pipeline was called with, so that all else (encoded prompts, masks, timesteps) is made again as it was. It is safetensors
+with one entry of metadata, JSON: nothing in it can run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from suffuse.checkpoints.atomic import write_whole
+from suffuse.checkpoints.safetensors_file import read_header
+from suffuse.checkpoints.saving import write_safetensors
+from suffuse.diffusion.loop import SilentHook, Step
+from suffuse.errors import CorruptFileError, InputError, SaveError, SuffuseError
+from suffuse.noise import CounterNoise
+from suffuse.schedulers.scheduler import SchedulerMixin
+from suffuse.version import __version__
+
+KEY, FORMAT = "suffuse_run", 1
+"""Name of the entry of metadata, and the version of what it holds."""
+OF_THE_CALL = (
+    "save_run", "resume", "callback", "callback_steps", "callback_on_step_end", "callback_on_step_end_tensor_inputs",
+)  # fmt: skip
+"""Arguments that belong to a call and not to the picture: the next call passes its own."""
+_TYPES = {
+    "str": str, "str | None": (str, type(None)), "dict[str, Any]": dict, "int": int, "Tensor": Tensor, "list[Tensor]": list,
+}  # fmt: skip
+
+
+@dataclass
+class SavedRun:
+    """A run after some step.
+
+    Attributes:
+        pipeline: Class of the pipeline.
+        model: Where its weights were loaded from, if that is known.
+        scheduler: Class of the scheduler.
+        arguments: What the pipeline was called with; generators are in the state they then had.
+        step: How many entries of the timesteps are behind.
+        total: How many there are.
+        latents: (batch, channels, height, width), after that step.
+        memory: The fields of the scheduler's memory.
+        generators: The states of the generators among the arguments, after that step.
+    """
+
+    pipeline: str
+    model: str | None
+    scheduler: str
+    arguments: dict[str, Any]
+    step: int
+    total: int
+    latents: Tensor
+    memory: dict[str, Any]
+    generators: list[Tensor]
+
+    # ------------------------------------------------------------ files
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the run; the file is the old one or the new one, never a part.
+
+        Raises:
+            SaveError: It could not be written.
+            InputError: An argument is of a kind that no file can hold.
+        """
+        tensors = dict[str, Tensor]()
+        told = {name: packed(value, name, tensors) for name, value in _fields(self).items()}
+        metadata = {KEY: json.dumps({"format": FORMAT, "suffuse": __version__, **told})}
+        write_whole(Path(path), lambda staged: write_safetensors(tensors, staged, metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SavedRun:
+        """Read a run.
+
+        Raises:
+            MissingFileError: There is no such file.
+            CorruptFileError: It is damaged.
+            InputError: It is no run.
+        """
+        from safetensors.torch import load
+
+        path = Path(path)
+        header = read_header(path)
+        if KEY not in header.metadata:
+            raise InputError(f"{path} holds no run", expected="a file that a call with save_run=… wrote")
+        try:
+            told = json.loads(header.metadata[KEY])
+            version = told.pop("format")
+            if version > FORMAT:
+                raise InputError(f"{path} was written by suffuse {told['suffuse']}", remedy="update suffuse to read it")
+            tensors = load(path.read_bytes())
+            run = cls(**{field.name: unpacked(told[field.name], tensors) for field in dataclasses.fields(cls)})
+            run._check_fields()
+            return run
+        except SuffuseError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, OSError) as error:
+            raise CorruptFileError(f"{path} is a damaged run", found=f"{type(error).__name__}: {error}") from None
+
+    def _check_fields(self) -> None:
+        """Raise `TypeError` or `ValueError` unless everything is of the kind it has to be."""
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), _TYPES[str(field.type)]
+            if not isinstance(value, kind):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise TypeError(f"{field.name} is {value!r}")
+        if not 0 <= self.step <= self.total or not all(isinstance(state, Tensor) for state in self.generators):
+            raise ValueError(f"step {self.step} of {self.total}")
+
+    # ------------------------------------------------------------ going on
+
+    def check(self, pipeline: str, model: str | None) -> None:
+        """Raise `InputError` if another class of pipeline is to go on; warn if it has another checkpoint."""
+        if self.pipeline != pipeline:
+            raise InputError(f"the run is one of {self.pipeline}", found=pipeline, remedy=f"{self.pipeline}.from_pipe(pipe)")
+        if self.model is not None and model is not None and self.model != model:
+            warnings.warn(f"the run was begun with {self.model} and goes on with {model}", stacklevel=4)
+
+    def restore(self, scheduler: SchedulerMixin, latents: Tensor, timesteps: Tensor, generator: Any) -> tuple[Tensor, int]:
+        """Bring a run that is about to begin to where this one is.
+
+        Args:
+            scheduler: Of the run; gets this one's memory.
+            latents: With which it would begin.
+            timesteps: Its way.
+            generator: The generators it draws from; those of `torch` get this run's states, unless they are others.
+
+        Returns:
+            The latents to go on with, and the step.
+
+        Raises:
+            InputError: It goes another way, or makes pictures of another size.
+        """
+        fresh, known = memory_fields(scheduler), self.memory
+        if fresh.keys() != known.keys():
+            raise InputError(
+                f"{type(scheduler).__name__} cannot go on with a run of {self.scheduler}",
+                remedy=f"pipe.scheduler = suffuse.{self.scheduler}.from_config(pipe.scheduler.config)",
+            )
+        for name in ("timesteps", "sigmas"):
+            if name in fresh and not _same(fresh[name], known[name]):
+                raise InputError(
+                    f"the run goes another way: its {name} are not those of this call",
+                    found=_told(fresh[name]),
+                    expected=_told(known[name]),
+                    remedy="leave steps, strength and the settings of the scheduler as they were",
+                )
+        if (latents.shape, latents.dtype, len(timesteps)) != (self.latents.shape, self.latents.dtype, self.total):
+            raise InputError(
+                "the run makes other pictures than this call",
+                found=f"{tuple(latents.shape)} of {latents.dtype} in {len(timesteps)} steps",
+                expected=f"{tuple(self.latents.shape)} of {self.latents.dtype} in {self.total} steps",
+                remedy="leave size, number and type as they were",
+            )
+
+        def placed(value: Any) -> Any:
+            if isinstance(value, list):
+                return [placed(item) for item in value]
+            return value.to(latents.device) if isinstance(value, Tensor) and value.shape == latents.shape else value
+
+        moved = {name: placed(value) for name, value in known.items()}
+        moved |= {name: fresh[name] for name in ("timesteps", "sigmas") if name in fresh}  # equal, and on the right device
+        scheduler.memory = dataclasses.replace(scheduler.memory, **moved, derived={})
+        if self.generators:
+            for source, state in zip(torch_generators(generator), self.generators, strict=True):
+                source.set_state(state)
+        return self.latents.to(latents.device), self.step
+
+
+class RunWriter:
+    """Writes the steps of one call.
+
+    Args:
+        path: The file, which each step replaces unless its name holds `{step}`.
+        pipeline: Class of the pipeline.
+        model: Where its weights came from.
+        arguments: What it was called with, before a generator was used.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], pipeline: str, model: str | None, arguments: Mapping[str, Any]) -> None:
+        tensors = dict[str, Tensor]()
+        kept = {name: value for name, value in arguments.items() if name not in OF_THE_CALL}
+        self.arguments: Any = Packed(packed(kept, "arguments", tensors), tensors)
+        self.path, self.pipeline, self.model = os.fspath(path), pipeline, model
+        self.generators = torch_generators(arguments.get("generator"))
+        if len({*map(id, self.generators)}) < len(self.generators):
+            raise InputError("a generator stands twice in the list: such a run cannot be saved", remedy="pass seed= instead")
+
+    @classmethod
+    def of(cls, pipe: Any, arguments: Mapping[str, Any]) -> RunWriter | None:
+        """The writer that the arguments of a call ask for, if they do."""
+        path = arguments["save_run"]
+        return None if path is None else cls(path, type(pipe).__name__, pipe.name_or_path, arguments)
+
+    def write(self, scheduler: SchedulerMixin, latents: Tensor, step: int, total: int) -> None:
+        """Write the run after `step` of `total` steps."""
+        SavedRun(
+            pipeline=self.pipeline,
+            model=self.model,
+            scheduler=type(scheduler).__name__,
+            arguments=self.arguments,
+            step=step,
+            total=total,
+            latents=latents,
+            memory=memory_fields(scheduler),
+            generators=[generator.get_state() for generator in self.generators],
+        ).save(self.path.replace("{step}", str(step)))
+
+
+@dataclass
+class SaveSteps(SilentHook):
+    """Write the run before the first step, when nothing is lost yet if that fails, and after each."""
+
+    writer: RunWriter
+    scheduler: SchedulerMixin
+    begun: bool = False
+
+    def before(self, step: Step) -> None:
+        """Write what the first step begins with."""
+        if not self.begun:
+            self.begun = True
+            self.writer.write(self.scheduler, step.latents, step.index, step.total)
+
+    def after(self, step: Step) -> None:
+        """Write what the next step begins with; a disk that is full does not cost the picture."""
+        try:
+            self.writer.write(self.scheduler, step.latents, step.index + 1, step.total)
+        except SaveError as error:
+            warnings.warn(f"the run was not saved after step {step.index + 1}: {error}", stacklevel=2)
+
+
+def torch_generators(generator: Any) -> list[torch.Generator]:
+    """The generators that have a state."""
+    sources = generator if isinstance(generator, list) else [generator]
+    return [source for source in sources if isinstance(source, torch.Generator)]
+
+
+def memory_fields(scheduler: SchedulerMixin) -> dict[str, Any]:
+    """What the scheduler remembers, without what is derived from it."""
+    return {name: value for name, value in _fields(scheduler.memory).items() if name != "derived"}
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+
+
+def _same(one: Any, other: Any) -> bool:
+    return isinstance(other, Tensor) and torch.equal(one.cpu(), other)
+
+
+def _told(values: Any) -> str:
+    return str(values.tolist()) if isinstance(values, Tensor) else repr(values)
+
+
+# ---------------------------------------------------------------- values as JSON and tensors
+
+
+@dataclass
+class Packed:
+    """A value that is packed already."""
+
+    told: Any
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How values of a type become tensors: the tensor, what must be known besides, and the way back."""
+
+    type: type
+    tensor: Callable[[Any], Tensor]
+    detail: Callable[[Any], Any]
+    value: Callable[[Tensor, Any], Any]
+
+
+def _picture(octets: Tensor, detail: Any) -> Image.Image:
+    mode, width, height = detail
+    return Image.frombytes(mode, (width, height), octets.numpy().tobytes())
+
+
+def _plain(picture: Image.Image) -> Image.Image:
+    return picture.convert("RGB") if picture.mode in ("P", "PA") else picture
+
+
+def _generator(state: Tensor, device: str) -> torch.Generator:
+    try:
+        generator = torch.Generator(device)
+    except RuntimeError as error:
+        raise InputError(
+            f"the run draws its noise on {device!r}", found=str(error).split("\n")[0], remedy="pass generator= or seed="
+        ) from None
+    generator.set_state(state)
+    return generator
+
+
+_KINDS: dict[str, _Kind] = {
+    # The layout in memory decides the last bit of what is computed with a tensor.
+    "tensor": _Kind(
+        Tensor,
+        lambda tensor: tensor.detach().cpu(),
+        lambda tensor: (
+            tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+        ),
+        lambda tensor, last: tensor.to(memory_format=torch.channels_last) if last else tensor.clone(),
+    ),
+    "array": _Kind(np.ndarray, torch.from_numpy, lambda array: None, lambda tensor, _: tensor.clone().numpy()),
+    "picture": _Kind(
+        Image.Image,
+        lambda picture: torch.frombuffer(bytearray(_plain(picture).tobytes()), dtype=torch.uint8),
+        lambda picture: [_plain(picture).mode, *picture.size],
+        _picture,
+    ),
+    "generator": _Kind(
+        torch.Generator, lambda generator: generator.get_state(), lambda generator: str(generator.device), _generator
+    ),
+}
+
+
+def packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """`value` as JSON; its tensors go to `tensors`, and an object with one entry stands for each.
+
+    Raises:
+        InputError: It is of a kind that no file can hold.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [packed(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
+    if isinstance(value, dict):
+        return {"entries": {key: packed(item, f"{name}.{key}", tensors) for key, item in value.items()}}
+    if isinstance(value, Packed):
+        tensors.update(value.tensors)
+        return value.told
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, CounterNoise):
+        return {"noise": [value.seed, value.image]}
+    tag = next((tag for tag, kind in _KINDS.items() if isinstance(value, kind.type)), None)
+    if tag is None:
+        raise InputError(
+            f"{name.removeprefix('arguments.')} cannot be saved with the run",
+            found=type(value).__name__,
+            remedy="leave out save_run",
+        )
+    tensors[name] = _KINDS[tag].tensor(value)
+    return {tag: [name, _KINDS[tag].detail(value)]}
+
+
+def unpacked(told: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The value that was packed."""
+    if isinstance(told, list):
+        return [unpacked(item, tensors) for item in told]
+    if not isinstance(told, dict):
+        return told
+    ((tag, content),) = told.items()
+    if tag == "entries":
+        return {key: unpacked(item, tensors) for key, item in content.items()}
+    if tag == "noise":
+        return CounterNoise(*content)
+    name, detail = content
+    return _KINDS[tag].value(tensors[name], detail)
