@@ -67,6 +67,37 @@ def test_it_draws_what_the_library_draws() -> None:
     assert np.array_equal(pixels(path), np.asarray(image))
 
 
+def test_a_run_is_kept_resumed_and_forked() -> None:
+    (whole,) = draw("--seed", 7, "--save-run", "at-{step}.safetensors", "-o", "whole.png")
+    assert sorted(Path().glob("at-*")) == [Path(f"at-{step}.safetensors") for step in range(3)]
+    assert run("--resume", "at-1.safetensors", "-o", "again.png")[:2] == (0, "again.png\n")
+    assert run("a blue door", "--resume", "at-1.safetensors", "--guidance", 9, "-o", "fork.png")[0] == 0
+    assert np.array_equal(pixels(whole), pixels("again.png"))
+    assert not np.array_equal(pixels(whole), pixels("fork.png"))
+    made = read_settings(Path("fork.png"))
+    assert (made["prompt"], made["guidance_scale"], made["seed"]) == ("a blue door", 9, 7)
+    assert made["resumed"] == "at-1.safetensors, step 1"
+    told = CliRunner().invoke(app, ["inspect", "at-1.safetensors"]).stdout
+    assert re.search("step +1\n", told)
+    assert re.search("prompt +a red door\n", told)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--resume", "none.safetensors"), "no file none.safetensors"),
+        (("--resume", "at.safetensors", "--steps", 5), "--steps is that of the run"),
+        (("x", "--count", 2, "--save-run", "at.safetensors"), "--save-run keeps the run of one picture"),
+        ((), "there is no prompt"),
+    ],
+    ids=str,
+)
+def test_runs_that_cannot_be(arguments: tuple[object, ...], message: str) -> None:
+    code, out, err = run(*arguments)
+    assert (code, out) == (1, "")
+    assert message in err
+
+
 def test_a_size_is_width_by_height() -> None:
     code, _, _ = run("x", "--model", random_checkpoint(), "--steps", 1, "--size", "96x64", "-o", "wide.png")
     assert code == 0

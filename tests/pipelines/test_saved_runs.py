@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from tasks import TASKS, call, difference, folder, pair, picture, set_scheduler
 from test_oracle import SCHEDULERS
+from test_threads import OTHERS
 
 import suffuse
 from suffuse.errors import CorruptFileError, InputError, MissingFileError, SaveError
@@ -35,7 +36,7 @@ def saved(task: str, path: Path, **options):
 
 @pytest.mark.filterwarnings("ignore:__array_wrap__ must accept")  # the peer's KDPM2
 @pytest.mark.parametrize("noise", ["generator", "seed"])
-@pytest.mark.parametrize("scheduler", [*SCHEDULERS, "SASolverScheduler", "TCDScheduler", "DDIMParallelScheduler"])
+@pytest.mark.parametrize("scheduler", [*SCHEDULERS, *OTHERS])
 def test_a_run_goes_on_after_any_step(scheduler, noise, tmp_path):
     set_scheduler(pair("text"), scheduler, **OPTIONS.get(scheduler, {}))
     source = {"generator": torch.Generator().manual_seed(3)} if noise == "generator" else {"generator": None, "seed": 3}
@@ -325,5 +326,5 @@ def test_a_generator_that_stands_twice(tmp_path):
 
 def test_arguments_that_no_file_can_hold(tmp_path):
     _, pipe = pair("text")
-    with pytest.raises(InputError, match="cross_attention_kwargs.scale cannot be saved with the run"):
+    with pytest.raises(InputError, match=r"cross_attention_kwargs\.scale cannot be saved with the run"):
         call(pipe, "text", cross_attention_kwargs={"scale": object()}, save_run=tmp_path / "run.safetensors")

@@ -9,6 +9,9 @@ import torch
 from tasks import TASKS, call, difference, pair, set_scheduler
 from test_oracle import SCHEDULERS
 
+OTHERS = ["SASolverScheduler", "TCDScheduler", "DDIMParallelScheduler", "DDPMParallelScheduler"]
+"""Further schedulers of the same models, which do not take each other's configurations."""
+
 
 def state_of(pipe):
     """What a run could leave behind: attributes, processors, weights."""
@@ -20,7 +23,7 @@ def state_of(pipe):
 
 
 @pytest.mark.filterwarnings("ignore:__array_wrap__ must accept")  # the peer's KDPM2
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", [*SCHEDULERS, *OTHERS])
 def test_eight_threads_on_one_pipeline(scheduler):
     _, pipe = pair("text")
     set_scheduler(pair("text"), scheduler)

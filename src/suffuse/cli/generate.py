@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import io
-import os
 import re
 import secrets
-import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from suffuse.checkpoints.bundle import DEFAULT, bundled
+from suffuse.cli.loading import loaded, made_with, pipeline_for, quiet, usable_device
 from suffuse.cli.picture import check_writable, destination, write_picture
 from suffuse.errors import InputError, nearest
 from suffuse.public_names import PUBLIC
-from suffuse.version import __version__
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,6 +32,7 @@ OTHER_MODELS = {
     "CMStochasticIterativeScheduler",
     "EDMEulerScheduler",
     "EDMDPMSolverMultistepScheduler",
+    "CosineDPMSolverMultistepScheduler",
     "FlowMatchEulerDiscreteScheduler",
     "FlowMatchHeunDiscreteScheduler",
     "RePaintScheduler",
@@ -60,10 +61,17 @@ TASKS = {
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What the picture should show.")],
+    context: typer.Context,
+    prompt: Annotated[str | None, typer.Argument(help="What the picture should show.")] = None,
     model: Annotated[
-        str, typer.Option("--model", "-m", help="Folder with model_index.json, single file, or org/name on the hub.")
-    ],
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Folder with model_index.json, single file, or org/name on the hub; the small model that comes with suffuse "
+            "if left out.",
+        ),
+    ] = None,
     output: Annotated[
         str | None,
         typer.Option("--output", "-o", metavar="PATH", help="PNG to write or replace, or a folder for pictures with free names."),
@@ -91,6 +99,18 @@ def generate(
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, or auto: the files' own.")] = "float32",
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, mps, …; the fastest there is if left out.")] = None,
     count: Annotated[int, typer.Option("--count", "-c", min=1, help="Pictures; the seed grows by one for each.")] = 1,
+    save_run: Annotated[
+        str | None,
+        typer.Option(
+            "--save-run", metavar="FILE", help="Keep the run after each step, for --resume; {step} in the name keeps every step."
+        ),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            "--resume", metavar="FILE", help="Go on with a run; a PROMPT, --guidance or --negative change it from there."
+        ),
+    ] = None,
 ) -> None:
     """Draw a picture.
 
@@ -98,11 +118,24 @@ def generate(
     keeps the depth of --image. The PNG keeps its settings: `suffuse inspect PICTURE.png` shows them.
 
     Examples:
+      suffuse generate "a red apple"
       suffuse generate "a lighthouse at dawn" -m stable-diffusion-v1-5 --seed 7
       suffuse generate "an oil painting" -m dreamlike.safetensors -i photo.jpg
       suffuse generate "a door" -m stable-diffusion-inpainting -i house.png --mask m.png
+      suffuse generate "a lighthouse" -m FOLDER --save-run at-{step}.safetensors
+      suffuse generate "a lighthouse at night" --resume at-20.safetensors
     """
     # All that can be said without torch, which takes a second to import, is said before.
+    if save_run is not None and count > 1:
+        raise InputError("--save-run keeps the run of one picture", remedy="leave out --count")
+    if resume is not None:
+        _go_on(resume, prompt, _changes(context), model, output, dtype, device, save_run)
+        return
+    if prompt is None:
+        raise InputError("there is no prompt", remedy='suffuse generate "a red apple"')
+    if model is None:
+        model = bundled(DEFAULT)
+        typer.echo(f"drawn by {DEFAULT}, the small model that comes with suffuse; --model names another", err=True)
     for option, value, needed in (("--mask", mask, "the picture it belongs to"), ("--strength", strength, "a picture")):
         if value is not None and image is None:
             raise InputError(f"{option} is given without --image", remedy=f"pass {needed}: --image photo.png")
@@ -124,67 +157,91 @@ def generate(
 
     for name in call.keys() & {"height", "width"}:
         check_size(f"--size: {name}", call[name])
-    device = _device(torch, device)
-    pipe = _pipeline(model, TASKS[image is not None, mask is not None], dtype).to(device)
+    device = usable_device(torch, device)
+    pipe = pipeline_for(model, TASKS[image is not None, mask is not None], dtype).to(device)
     if scheduler_class is not None:
         import suffuse
 
         pipe.scheduler = getattr(suffuse, scheduler_class).from_config(pipe.scheduler.config)
-    if not sys.stderr.isatty():
-        pipe.set_progress_bar_config(disable=True)
+    quiet(pipe)
     if image is not None:
         call["strength"] = inspect.signature(type(pipe).__call__).parameters["strength"].default if strength is None else strength
-    settings = {
-        "prompt": prompt,
-        **call,
-        **{name: path.name for name, path in (("image", image), ("mask_image", mask)) if path is not None},
-        "model": Path(model).resolve().name if Path(model).exists() else model,
-        "pipeline": type(pipe).__name__,
-        "scheduler": type(pipe.scheduler).__name__,
-        "dtype": str(pipe.dtype).removeprefix("torch."),
-        "device": pipe.device.type,
-        "suffuse": __version__,
-    }
+    files = {name: path.name for name, path in (("image", image), ("mask_image", mask)) if path is not None}
+    settings = {"prompt": prompt, **call, **files, **made_with(pipe, model)}
     # One by one: a picture does not depend on how many are made beside it, and those that are done are kept if the rest fails.
     for index in range(count):
         generator = torch.Generator().manual_seed(seed + index)
-        picture = pipe(prompt, generator=generator, **call, **pictures).images[0]
-        path = destination(output, prompt, seed + index, index, count)
-        made = {"seed": seed + index, "width": picture.width, "height": picture.height}
-        write_picture(picture, path, settings | made)
-        typer.echo(path)
+        with _kept(save_run):
+            picture = pipe(prompt, generator=generator, save_run=save_run, **call, **pictures).images[0]
+        _write(picture, destination(output, prompt, seed + index, index, count), settings | {"seed": seed + index})
 
 
-def _pipeline(model: str, task: str, dtype: str) -> Any:
-    """The pipeline of the checkpoint, as the class of the task; a depth-to-image model has a class of its own."""
+def _go_on(
+    file: Path,
+    prompt: str | None,
+    changes: dict[str, Any],
+    model: str | None,
+    output: str | None,
+    dtype: str,
+    device: str | None,
+    save_run: str | None,
+) -> None:
+    """The picture of a run that was begun, with what is to change from there on."""
     import torch
 
     import suffuse
+    from suffuse.pipelines.saved_run import SavedRun, torch_generators
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*without a safety checker.*")
-        base = suffuse.DiffusionPipeline
-        load = base.from_single_file if os.path.isfile(model) or "/blob/" in model else base.from_pretrained
-        pipe = load(model, torch_dtype=getattr(torch, dtype, dtype))
-        if type(pipe).__name__ == "StableDiffusionDepth2ImgPipeline":
-            if task != "AutoPipelineForImage2Image":
-                raise InputError(f"{model} is a depth-to-image model", expected="--image, and no --mask")
-            return pipe
-        if pipe.unet.config.in_channels == 9 and task != "AutoPipelineForInpainting":
-            raise InputError(f"{model} is an inpainting model", expected="--image and --mask")
-        return getattr(suffuse, task).from_pipe(pipe)
+    run = SavedRun.load(file)
+    model = model or run.model
+    if model is None:
+        raise InputError(f"{file} does not tell the model", remedy="name it with --model")
+    changes |= {} if prompt is None else {"prompt": prompt}
+    told = run.arguments | changes
+    seeds = [generator.initial_seed() for generator in torch_generators(told.get("generator"))] or [told.get("seed") or 0]
+    path = destination(output, str(told.get("prompt") or "picture"), seeds[0])
+    check_writable(path)
+    pipe = getattr(suffuse, run.pipeline).from_pipe(loaded(model, _choice("--dtype", dtype, DTYPES)))
+    pipe.scheduler = getattr(suffuse, run.scheduler).from_config(run.scheduler_config)
+    pipe.to(usable_device(torch, device))
+    quiet(pipe)
+    with _kept(save_run):
+        picture = pipe(resume=run, save_run=save_run, **changes).images[0]
+    shown = {
+        name: told[name]
+        for name in ("prompt", "num_inference_steps", "guidance_scale", "negative_prompt", "strength")
+        if name in told
+    }
+    _write(picture, path, {**shown, **made_with(pipe, model), "seed": seeds[0], "resumed": f"{file.name}, step {run.step}"})
 
 
-def _device(torch: Any, device: str | None) -> str:
-    """The device asked for, or the fastest there is."""
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+def _changes(context: typer.Context) -> dict[str, Any]:
+    """The options given, as arguments of a run that goes on.
+
+    Raises:
+        InputError: One of them cannot change on the way.
+    """
+    given = {name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")}
+    for name in sorted(given & {"image", "mask", "strength", "steps", "seed", "size", "scheduler", "count"}):
+        raise InputError(f"--{name} is that of the run that --resume goes on with", remedy="leave it out")
+    names = {"negative": "negative_prompt", "guidance": "guidance_scale"}
+    return {argument: context.params[name] for name, argument in names.items() if name in given}
+
+
+@contextlib.contextmanager
+def _kept(save_run: str | None) -> Generator[None]:
+    """Say where the run is kept if Ctrl-C ends it."""
     try:
-        torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        found = str(error).split("\n")[0]
-        raise InputError(f"--device {device!r} cannot be used", found=found, expected="cpu, cuda, cuda:1, mps, …") from None
-    return device
+        yield
+    except KeyboardInterrupt:
+        if save_run is not None:
+            typer.echo(f"stopped; suffuse generate --resume {save_run.replace('{step}', 'STEP')} goes on", err=True)
+        raise
+
+
+def _write(picture: Image.Image, path: Path, settings: dict[str, Any]) -> None:
+    write_picture(picture, path, settings | {"width": picture.width, "height": picture.height})
+    typer.echo(path)
 
 
 def _choice(option: str, given: str, known: Mapping[str, str]) -> str:

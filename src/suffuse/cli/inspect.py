@@ -1,4 +1,4 @@
-"""`suffuse inspect`: what a checkpoint holds and what memory it needs, without reading it; how a picture was made."""
+"""`suffuse inspect`: what a checkpoint holds and what memory it needs, without reading it; how a picture or a run was made."""
 
 from __future__ import annotations
 
@@ -11,17 +11,23 @@ from typing import Annotated, Any
 import typer
 
 from suffuse.checkpoints.inventory import TARGETS, Component, take_inventory, total
+from suffuse.checkpoints.safetensors_file import read_header
 from suffuse.cli.picture import is_png, read_settings
+
+RUN = "suffuse_run"
+"""The entry of a file's metadata that says that it is a saved run."""
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A pipeline's folder, a model's folder, a .safetensors file, or a PNG.")],
+    path: Annotated[
+        Path, typer.Argument(help="A pipeline's folder, a model's folder, a .safetensors file, a saved run, or a PNG.")
+    ],
     variant: Annotated[str | None, typer.Option(help='Which weights to look at, "fp16" for example.')] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show the parts of a checkpoint, their size, and the memory they need as each type; or how a picture was made."""
-    if is_png(path):
-        settings = read_settings(path)
+    """Show the parts of a checkpoint, their size, and the memory they need as each type; or how a picture or a run was made."""
+    settings = read_settings(path) if is_png(path) else _run_settings(path)
+    if settings is not None:
         print(json.dumps({"path": str(path), "settings": settings}, indent=2) if as_json else _listing(settings))
         return
     components = take_inventory(path, variant)
@@ -30,6 +36,20 @@ def inspect(
         print(json.dumps({"path": str(path), "components": parts, "total": dataclasses.asdict(total(components))}, indent=2))
     else:
         _print_table(components)
+
+
+def _run_settings(path: Path) -> dict[str, Any] | None:
+    """What a saved run tells of itself; None if this is none."""
+    text = read_header(path).metadata.get(RUN) if path.suffix == ".safetensors" and path.is_file() else None
+    if text is None:
+        return None
+    told = json.loads(text)
+    arguments = {k: v for k, v in told["arguments"]["entries"].items() if not isinstance(v, (dict, list))}
+    return (
+        {name: told[name] for name in ("pipeline", "model", "scheduler", "step", "total")}
+        | arguments
+        | {"suffuse": told["suffuse"]}
+    )
 
 
 def _print_table(components: list[Component]) -> None:

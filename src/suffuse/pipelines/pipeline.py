@@ -414,6 +414,7 @@ class DiffusionPipeline(FromSingleFileMixin, PlacedModels, ConfigMixin, PushToHu
                 remedy=f"{cls.__name__}.from_pipe(pipe, {missing[0]}=…)",
             )
         made = cls(**values)
+        made.register_to_config(_name_or_path=pipeline.name_or_path)
         return made.to(dtype=dtype) if dtype is not None else made
 
     # ------------------------------------------------------------ running

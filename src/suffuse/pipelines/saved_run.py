@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -53,6 +53,7 @@ class SavedRun:
         pipeline: Class of the pipeline.
         model: Where its weights were loaded from, if that is known.
         scheduler: Class of the scheduler.
+        scheduler_config: Its configuration.
         arguments: What the pipeline was called with; generators are in the state they then had.
         step: How many entries of the timesteps are behind.
         total: How many there are.
@@ -64,6 +65,7 @@ class SavedRun:
     pipeline: str
     model: str | None
     scheduler: str
+    scheduler_config: dict[str, Any]
     arguments: dict[str, Any]
     step: int
     total: int
@@ -120,7 +122,7 @@ class SavedRun:
             value, kind = getattr(self, field.name), _TYPES[str(field.type)]
             if not isinstance(value, kind):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise TypeError(f"{field.name} is {value!r}")
-        if not 0 <= self.step <= self.total or not all(isinstance(state, Tensor) for state in self.generators):
+        if not 0 <= self.step <= self.total or not all(isinstance(state, Tensor) for state in cast(list[Any], self.generators)):
             raise ValueError(f"step {self.step} of {self.total}")
 
     # ------------------------------------------------------------ going on
@@ -129,7 +131,7 @@ class SavedRun:
         """Raise `InputError` if another class of pipeline is to go on; warn if it has another checkpoint."""
         if self.pipeline != pipeline:
             raise InputError(f"the run is one of {self.pipeline}", found=pipeline, remedy=f"{self.pipeline}.from_pipe(pipe)")
-        if self.model is not None and model is not None and self.model != model:
+        if self.model is not None and model is not None and self.model != place(model):
             warnings.warn(f"the run was begun with {self.model} and goes on with {model}", stacklevel=4)
 
     def restore(self, scheduler: SchedulerMixin, latents: Tensor, timesteps: Tensor, generator: Any) -> tuple[Tensor, int]:
@@ -151,7 +153,7 @@ class SavedRun:
         if fresh.keys() != known.keys():
             raise InputError(
                 f"{type(scheduler).__name__} cannot go on with a run of {self.scheduler}",
-                remedy=f"pipe.scheduler = suffuse.{self.scheduler}.from_config(pipe.scheduler.config)",
+                remedy=f"pipe.scheduler = suffuse.{self.scheduler}.from_config(SavedRun.load(file).scheduler_config)",
             )
         for name in ("timesteps", "sigmas"):
             if name in fresh and not _same(fresh[name], known[name]):
@@ -197,7 +199,7 @@ class RunWriter:
         tensors = dict[str, Tensor]()
         kept = {name: value for name, value in arguments.items() if name not in OF_THE_CALL}
         self.arguments: Any = Packed(packed(kept, "arguments", tensors), tensors)
-        self.path, self.pipeline, self.model = os.fspath(path), pipeline, model
+        self.path, self.pipeline, self.model = os.fspath(path), pipeline, None if model is None else place(model)
         self.generators = torch_generators(arguments.get("generator"))
         if len({*map(id, self.generators)}) < len(self.generators):
             raise InputError("a generator stands twice in the list: such a run cannot be saved", remedy="pass seed= instead")
@@ -214,6 +216,7 @@ class RunWriter:
             pipeline=self.pipeline,
             model=self.model,
             scheduler=type(scheduler).__name__,
+            scheduler_config=dict(scheduler.config),
             arguments=self.arguments,
             step=step,
             total=total,
@@ -243,6 +246,11 @@ class SaveSteps(SilentHook):
             self.writer.write(self.scheduler, step.latents, step.index + 1, step.total)
         except SaveError as error:
             warnings.warn(f"the run was not saved after step {step.index + 1}: {error}", stacklevel=2)
+
+
+def place(model: str) -> str:
+    """A name of a model that says the same from every folder."""
+    return os.path.realpath(model) if os.path.exists(model) else model
 
 
 def torch_generators(generator: Any) -> list[torch.Generator]:
