@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 HERE = Path(__file__).parent
-BUILD = HERE / "build"
+BUILD, KEPT = HERE / "build", HERE / "taught"
 STYLES = ("3d", "flat", "cartoon", "retro")
 GROUNDS = tuple(BACKGROUNDS)
 NONE = -1
@@ -66,7 +66,7 @@ class Drawings(NamedTuple):
 
     @classmethod
     def load(cls, folder: Path = BUILD, size: int = 64, device: str = "cpu") -> Drawings:
-        """What `data.py` wrote in `folder`."""
+        """What `data.py` wrote in `build/`, or `keep.py` in `taught/`."""
         pixels = np.load(folder / f"pictures-{size}.npz")["pictures"]
         told = json.loads((folder / "pictures.json").read_text(encoding="utf-8"))
         return cls(torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).contiguous(), told)
@@ -186,12 +186,14 @@ class Lessons:
         for _ in range(repaints if paintable else 0):
             row = chance.choice(chance.choice(paintable).rows)
             paint, ground = chance.randrange(len(PAINTS)), chance.randrange(len(GROUNDS))
-            if list(PAINTS)[paint] != GROUNDS[ground]:
+            if list(PAINTS)[paint] != GROUNDS[ground] and GROUNDS[ground] not in drawings.told[row]["held_out"]:
                 singles.append((row, NONE, paint, ground, 0))
         for _ in range(pairs if len(known) > 1 else 0):
             style = chance.randrange(len(STYLES))
-            left, right = chance.sample(known, 2)
-            singles.append((left.rows[style], right.rows[style], NONE, chance.randrange(len(GROUNDS)), 0))
+            left, right = (concept.rows[style] for concept in chance.sample(known, 2))
+            ground = chance.randrange(len(GROUNDS))
+            if all(GROUNDS[ground] not in drawings.told[row]["held_out"] for row in (left, right)):
+                singles.append((left, right, NONE, ground, 0))
         self.scenes = Scenes(*torch.tensor(singles).T.contiguous())
         self.weights = self._weights()
 

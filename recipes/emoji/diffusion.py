@@ -77,12 +77,18 @@ class Parts:
         self.vae = AutoencoderKL.from_pretrained(str(folder / "vae")).to(device).eval().requires_grad_(False)
         self.text_encoder = CLIPTextModel.from_pretrained(str(folder / "text_encoder")).to(device).eval().requires_grad_(False)
         self.tokenizer = CLIPTokenizer.from_pretrained(str(folder / "tokenizer"))
+        self._read: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def states(self, captions: list[str]) -> Tensor:
-        """What the UNet is told: (batch, tokens, width)."""
-        numbers = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        return self.text_encoder(numbers.to(self.device)).last_hidden_state
+        """What the UNet is told: (batch, tokens, width). Captions come again and again, and are read once."""
+        if len(self._read) > 10_000:
+            self._read.clear()
+        if new := sorted({*captions} - self._read.keys()):
+            numbers = self.tokenizer(new, padding="max_length", truncation=True, return_tensors="pt").input_ids
+            read = self.text_encoder(numbers.to(self.device)).last_hidden_state.half()
+            self._read |= dict(zip(new, read, strict=True))
+        return torch.stack([self._read[caption] for caption in captions]).float()
 
     @torch.no_grad()
     def latents(self, lessons: Lessons) -> Tensor:

@@ -1,9 +1,10 @@
 """Measure an exported model; fails where a figure is not reached.
 
-    python recipes/emoji/evaluate.py FOLDER [--concepts 160] [--write build/evaluation]
+    python recipes/emoji/evaluate.py FOLDER [--concepts 100] [--write build/evaluation] [--drawings taught]
 
-Writes `figures.json` and a sheet of pictures for each figure. Judges are not people: an object is right if the drawing that is
-nearest in the autoencoder's latent space, of all that the model was taught, shows it.
+Needs the drawings that `keep.py` kept, no downloads. Writes `figures.json` and a sheet of pictures for each figure. Judges are
+not people: an object is right if the drawing that is nearest in the autoencoder's latent space, of all that the model was taught,
+shows it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 from autoencoder import held_out, psnr
-from compose import BUILD, GROUNDS, NONE, STYLES, Drawings, Lessons, Scenes, concepts, sheet
+from compose import BUILD, GROUNDS, KEPT, NONE, STYLES, Drawings, Lessons, Scenes, concepts, sheet
 from diffusion import draw
 from palette import BACKGROUNDS
 from torch import Tensor
@@ -160,11 +161,11 @@ def edited(pipeline: DiffusionPipeline, lessons: Lessons, count: int, folder: Pa
     }
 
 
-def evaluate(model: Path, count: int, folder: Path) -> dict[str, float]:
-    """All figures, and the sheets."""
+def evaluate(model: Path, count: int, folder: Path, kept: Path = KEPT) -> dict[str, float]:
+    """All figures of a model that was taught `count` concepts, and the sheets."""
     folder.mkdir(parents=True, exist_ok=True)
     pipeline = DiffusionPipeline.from_pretrained(str(model), torch_dtype=torch.float32)
-    drawings = Drawings.load()
+    drawings = Drawings.load(kept)
     lessons = Lessons(drawings, concepts(drawings, count))
     test = held_out(drawings)
     with torch.no_grad():
@@ -183,10 +184,11 @@ def evaluate(model: Path, count: int, folder: Path) -> dict[str, float]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--concepts", type=int, default=160)
+    parser.add_argument("--concepts", type=int, default=100)
     parser.add_argument("--write", type=Path, default=BUILD / "evaluation")
+    parser.add_argument("--drawings", type=Path, default=KEPT)
     told = parser.parse_args()
-    reached = evaluate(told.model, told.concepts, told.write)
+    reached = evaluate(told.model, told.concepts, told.write, told.drawings)
     for name, figure in reached.items():
         print(f"{name:45s} {figure:6.2f}  at least {LEAST[name]:5.2f}  {'' if figure >= LEAST[name] else 'NOT REACHED'}")
     if any(figure < LEAST[name] for name, figure in reached.items()):

@@ -11,10 +11,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import shutil
 from pathlib import Path
 
 import torch
-from compose import BUILD
+from compose import BUILD, HERE
 from diffusion import Parts, network
 
 from suffuse import UNet2DConditionModel
@@ -52,6 +53,8 @@ def export(folder: Path, target: Path) -> None:
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         part.half()
     pipeline.save_pretrained(str(target))
+    shutil.copy(HERE / "ATTRIBUTION.md", target)
+    shutil.copy(HERE / "CARD.md", target / "README.md")
     weights = sum(file.stat().st_size for file in target.rglob("*.safetensors"))
     print(f"{target}: {weights / 1e6:.1f} MB of weights")
     failed = [library for library in ("suffuse", "diffusers") if not draws(library, target)]

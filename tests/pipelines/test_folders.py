@@ -52,6 +52,12 @@ def test_what_we_save_the_peer_loads_and_draws_the_same(task, safe, tmp_path):
     assert difference(call(peer, task), call(ours, task)) == 0
 
 
+def test_all_files_of_a_save_are_for_the_same_eyes(tmp_path):
+    pair("text")[1].save_pretrained(tmp_path / "saved")
+    modes = {path.stat().st_mode for path in (tmp_path / "saved").rglob("*") if path.is_file()}
+    assert len(modes) == 1
+
+
 def test_saving_twice_writes_the_same_bytes_and_no_path(tmp_path):
     _, ours = pair("text")
     for name in ("one", "two"):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from suffuse.checkpoints.bundle import DEFAULT, bundled
+from suffuse.checkpoints.bundle import DEFAULT, SETTINGS, bundled
 from suffuse.cli.loading import loaded, made_with, pipeline_for, quiet, usable_device
 from suffuse.cli.picture import check_writable, destination, write_picture
 from suffuse.errors import InputError, nearest
@@ -84,8 +84,18 @@ def generate(
     strength: Annotated[
         float | None, typer.Option("--strength", min=0, max=1, help="How far from --image to go: 1 leaves nothing of it.")
     ] = None,
-    steps: Annotated[int, typer.Option("--steps", "-s", min=1, help="Denoising steps.")] = 50,
-    guidance: Annotated[float, typer.Option("--guidance", "-g", help="How much to favour the prompt; 1: not at all.")] = 7.5,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", "-s", min=1, help="Denoising steps; 50 if left out, 25 with the model that comes along."),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            "--guidance",
+            "-g",
+            help="How much to favour the prompt, 1: not at all; 7.5 if left out, 3 with the model that comes along.",
+        ),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option("--seed", min=0, max=2**63, help="The same seed gives the same picture; drawn if left out.")
     ] = None,
@@ -133,6 +143,7 @@ def generate(
         return
     if prompt is None:
         raise InputError("there is no prompt", remedy='suffuse generate "a red apple"')
+    defaults = SETTINGS[DEFAULT] if model is None else {"num_inference_steps": 50, "guidance_scale": 7.5}
     if model is None:
         model = bundled(DEFAULT)
         typer.echo(f"drawn by {DEFAULT}, the small model that comes with suffuse; --model names another", err=True)
@@ -141,7 +152,8 @@ def generate(
             raise InputError(f"{option} is given without --image", remedy=f"pass {needed}: --image photo.png")
     scheduler_class = _choice("--scheduler", scheduler, SCHEDULERS) if scheduler is not None else None
     dtype = _choice("--dtype", dtype, DTYPES)
-    call: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "negative_prompt": negative}
+    told = {"num_inference_steps": steps, "guidance_scale": guidance}
+    call: dict[str, Any] = {**defaults, **{k: v for k, v in told.items() if v is not None}, "negative_prompt": negative}
     pictures = {
         name: _opened(option, path)
         for name, option, path in (("image", "--image", image), ("mask_image", "--mask", mask))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import operator
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,8 @@ def _save_component(value: Any, folder: Path, safe_serialization: bool, variant:
 
             with quiet():
                 value.save_pretrained(folder, variant=variant, state_dict=gathered_weights(value))
+            for path in folder.iterdir():  # it writes weights for the owner's eyes alone
+                shutil.copymode(folder / "config.json", path)
         case naming:  # transformers writes no pickles any more
             value.config.save_pretrained(folder)
             write_weights(gathered_weights(value), folder, naming, PICKLE, variant)
