@@ -77,6 +77,7 @@ NOISY = [
     "DDPMScheduler",
     "LCMScheduler",
     "SASolverScheduler",
+    "DPMSolverSDEScheduler",
 ]
 
 

@@ -348,7 +348,9 @@ def packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, tuple):
+        return {"tuple": packed([*value], name, tensors)}
+    if isinstance(value, list):
         return [packed(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
     if isinstance(value, dict):
         return {"entries": {key: packed(item, f"{name}.{key}", tensors) for key, item in value.items()}}
@@ -379,6 +381,8 @@ def unpacked(told: Any, tensors: Mapping[str, Tensor]) -> Any:
     ((tag, content),) = told.items()
     if tag == "entries":
         return {key: unpacked(item, tensors) for key, item in content.items()}
+    if tag == "tuple":
+        return tuple(unpacked(content, tensors))
     if tag == "noise":
         return CounterNoise(*content)
     name, detail = content
