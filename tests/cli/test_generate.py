@@ -98,6 +98,17 @@ def test_runs_that_cannot_be(arguments: tuple[object, ...], message: str) -> Non
     assert message in err
 
 
+def test_brackets_weigh_where_that_is_asked_for() -> None:
+    common = ("--model", random_checkpoint(), "--steps", 2, "--size", "64x64", "--seed", 7)
+    for name, arguments in {"plain": (), "weighted": ("--weighted",)}.items():
+        assert run("a (red:1.9) door", *common, *arguments, "-o", f"{name}.png")[0] == 0
+    assert run("a red door:1 | x:0", "--weighted", *common, "-o", "blend.png")[0] == 0
+    assert run("a red door", *common, "-o", "door.png")[0] == 0
+    assert not np.array_equal(pixels("plain.png"), pixels("weighted.png"))
+    assert np.abs(pixels("blend.png").astype(int) - pixels("door.png")).max() <= 1
+    assert "has no partner" in run("a (red door", "--weighted", *common)[2]
+
+
 def test_a_size_is_width_by_height() -> None:
     code, _, _ = run("x", "--model", random_checkpoint(), "--steps", 1, "--size", "96x64", "-o", "wide.png")
     assert code == 0

@@ -77,6 +77,10 @@ def generate(
         typer.Option("--output", "-o", metavar="PATH", help="PNG to write or replace, or a folder for pictures with free names."),
     ] = None,
     negative: Annotated[str | None, typer.Option("--negative", "-n", help="What the picture should not show.")] = None,
+    weighted: Annotated[
+        bool,
+        typer.Option("--weighted", help="Let (words:1.3), [words], a | b and BREAK mean something in prompts, of any length."),
+    ] = False,
     image: Annotated[Path | None, typer.Option("--image", "-i", help="Picture to start from.")] = None,
     mask: Annotated[
         Path | None, typer.Option("--mask", help="Where to paint --image anew: white is painted, black is kept.")
@@ -138,6 +142,11 @@ def generate(
     # All that can be said without torch, which takes a second to import, is said before.
     if save_run is not None and count > 1:
         raise InputError("--save-run keeps the run of one picture", remedy="leave out --count")
+    if weighted:
+        from suffuse.diffusion.weighted_prompts import Weighted
+
+        prompt, negative = (text if text is None else Weighted(text) for text in (prompt, negative))
+        context.params |= {"prompt": prompt, "negative": negative}
     if resume is not None:
         _go_on(resume, prompt, _changes(context), model, output, dtype, device, save_run)
         return

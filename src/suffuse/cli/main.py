@@ -18,6 +18,7 @@ COMMANDS = {
     "inspect": "suffuse.cli.inspect",
     "plan": "suffuse.cli.plan",
     "convert": "suffuse.cli.convert",
+    "schedulers": "suffuse.cli.schedulers",
 }
 """Name of a command → its module, which has a function of that name."""
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from suffuse.diffusion.weighted_prompts import TOKENIZING, Weighted, in_pieces, length_for
 from suffuse.errors import InputError, NonFiniteError
-
-_TOKENIZING = threading.Lock()
-"""Tokenizers keep how to pad and cut in themselves: one call at a time, or threads cut each other's prompts."""
 
 
 def encode_text(
@@ -42,15 +40,15 @@ def encode_text(
         InputError: `length` is more than the encoder has positions for.
         NonFiniteError: The encoder gave NaN or infinity even in float32.
     """
-    ids, mask = _tokens(texts, tokenizer, text_encoder, device, length)
-    if clip_skip is None:
-        states = text_encoder(ids, attention_mask=mask)[0]
-    else:
+
+    def read(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, None]:
+        if clip_skip is None:
+            return text_encoder(ids, attention_mask=mask)[0], None
         output = text_encoder(ids, attention_mask=mask, output_hidden_states=True)
         norm = getattr(text_encoder, "text_model", text_encoder).final_layer_norm
-        states = norm(output.hidden_states[-(clip_skip + 1)])
-    check_finite(states)
-    return states
+        return norm(output.hidden_states[-(clip_skip + 1)]), None
+
+    return _read(texts, tokenizer, text_encoder, device, length, read)[0]
 
 
 def encode_text_and_pool(
@@ -73,13 +71,40 @@ def encode_text_and_pool(
         InputError: `length` is more than the encoder has positions for.
         NonFiniteError: The encoder gave NaN or infinity.
     """
-    ids, mask = _tokens(texts, tokenizer, text_encoder, device, length)
-    output = text_encoder(ids, attention_mask=mask, output_hidden_states=True)
-    states, pooled = output.hidden_states[-(clip_skip + 2)], output[0] if output[0].ndim == 2 else None
-    for tensor in (states, pooled):
+
+    def read(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        output = text_encoder(ids, attention_mask=mask, output_hidden_states=True)
+        return output.hidden_states[-(clip_skip + 2)], output[0] if output[0].ndim == 2 else None
+
+    return _read(texts, tokenizer, text_encoder, device, length, read)
+
+
+def _read(
+    texts: Sequence[str],
+    tokenizer: Any,
+    text_encoder: Any,
+    device: torch.device,
+    length: int | None,
+    read: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]],
+) -> tuple[Tensor, Tensor | None]:
+    """States, and vectors if there are any: of plain texts at once, of weighted or long ones in pieces."""
+    masks = getattr(text_encoder.config, "use_attention_mask", False)
+    at_once = int(tokenizer.model_max_length)
+    needed = length_for(texts, tokenizer) if length is None else length
+    if any(isinstance(text, Weighted) for text in texts) or (needed is not None and needed > at_once and needed % at_once == 0):
+        made = in_pieces(texts, tokenizer, needed or at_once, device, lambda ids, mask: read(ids, mask if masks else None))
+    else:
+        ids, mask = _tokens(texts, tokenizer, text_encoder, device, length)
+        made = read(ids, mask if masks else None)
+    for tensor in made:
         if tensor is not None:
             check_finite(tensor)
-    return states, pooled
+    return made
+
+
+def listed(prompt: str | list[str] | None) -> list[str]:
+    """A prompt, several or none as a list."""
+    return [prompt] if isinstance(prompt, str) else prompt or []
 
 
 def check_finite(states: Tensor) -> None:
@@ -99,9 +124,9 @@ def repeat_rows(rows: Tensor, times: int) -> Tensor:
 
 
 def _tokens(
-    texts: list[str], tokenizer: Any, text_encoder: Any, device: torch.device, length: int | None
-) -> tuple[Tensor, Tensor | None]:
-    """(token numbers, attention mask of an encoder that uses one)."""
+    texts: Sequence[str], tokenizer: Any, text_encoder: Any, device: torch.device, length: int | None
+) -> tuple[Tensor, Tensor]:
+    """(token numbers, attention mask)."""
     length = length if length is not None else int(tokenizer.model_max_length)
     positions = getattr(text_encoder.config, "max_position_embeddings", length)
     if length > positions:
@@ -110,12 +135,11 @@ def _tokens(
             expected=f"at most {positions} (max_position_embeddings)",
             remedy="pass embeddings of this length for the negative prompts too",
         )
-    with _TOKENIZING:
-        tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        counts = [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False).input_ids]
+    with TOKENIZING:
+        tokens = tokenizer([*texts], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        counts = [len(ids) for ids in tokenizer([*texts], truncation=False, verbose=False).input_ids]
     _warn_of_cut(counts, length)
-    mask = tokens.attention_mask.to(device) if getattr(text_encoder.config, "use_attention_mask", False) else None
-    return tokens.input_ids.to(device), mask
+    return tokens.input_ids.to(device), tokens.attention_mask.to(device)
 
 
 def _warn_of_cut(counts: list[int], length: int) -> None:
@@ -123,5 +147,5 @@ def _warn_of_cut(counts: list[int], length: int) -> None:
         if count > length:
             warnings.warn(
                 f"prompt {index} has {count} tokens and the text encoder reads {length}: the last {count - length} are ignored",
-                stacklevel=7,
+                stacklevel=8,
             )

@@ -29,6 +29,7 @@ from suffuse.checkpoints.atomic import write_whole
 from suffuse.checkpoints.safetensors_file import read_header
 from suffuse.checkpoints.saving import write_safetensors
 from suffuse.diffusion.loop import SilentHook, Step
+from suffuse.diffusion.weighted_prompts import Weighted
 from suffuse.errors import CorruptFileError, InputError, SaveError, SuffuseError
 from suffuse.noise import CounterNoise
 from suffuse.schedulers.scheduler import SchedulerMixin
@@ -346,6 +347,8 @@ def packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     Raises:
         InputError: It is of a kind that no file can hold.
     """
+    if isinstance(value, Weighted):
+        return {"weighted": str(value)}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, tuple):
@@ -381,6 +384,8 @@ def unpacked(told: Any, tensors: Mapping[str, Tensor]) -> Any:
     ((tag, content),) = told.items()
     if tag == "entries":
         return {key: unpacked(item, tensors) for key, item in content.items()}
+    if tag == "weighted":
+        return Weighted(content)
     if tag == "tuple":
         return tuple(unpacked(content, tensors))
     if tag == "noise":
