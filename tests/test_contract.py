@@ -51,6 +51,9 @@ METHODS = [(name, method) for name in CLASSES for method in CONTRACT[name]["meth
 def test_methods_take_the_same_keywords(name, method):
     wanted = [p for p in CONTRACT[name]["methods"][method] if p["kind"] == "positional_or_keyword"]
     function = getattr(getattr(suffuse, name), method)
+    if not callable(function):  # the table has some classes from their source alone, where a property looks like a method
+        assert wanted == []
+        return
     parameters = inspect.signature(function).parameters
     for theirs in wanted:
         if not spoken(theirs["name"]):

@@ -21,6 +21,7 @@ torch.set_num_threads(1)
 
 OTHER = [
     "CMStochasticIterativeScheduler",
+    "CosineDPMSolverMultistepScheduler",
     "EDMEulerScheduler",
     "EDMDPMSolverMultistepScheduler",
     "FlowMatchEulerDiscreteScheduler",
@@ -31,11 +32,16 @@ OTHER = [
 LONERS = ["DDPMWuerstchenScheduler", "RePaintScheduler", "ScoreSdeVeScheduler", "ScoreSdeVpScheduler", "KarrasVeScheduler"]
 """Those whose steps take other arguments than everyone's."""
 
+DISCRETE = ["AmusedScheduler", "VQDiffusionScheduler"]
+"""Those of models of tokens."""
+
 EVERY = [
     name
     for module, names in MODULES.items()
     for name in names
-    if module.startswith("suffuse.schedulers.") and hasattr(diffusers, name) and name not in ("SchedulerMixin", *OTHER, *LONERS)
+    if module.startswith("suffuse.schedulers.")
+    and hasattr(diffusers, name)
+    and name not in ("SchedulerMixin", *OTHER, *LONERS, *DISCRETE)
 ]
 """Every scheduler of latent models in the registry that the peer has."""
 
@@ -71,10 +77,16 @@ OPTIONS: dict[str, list[Any]] = {
     "predict_x0": [True, False],
     "disable_corrector": [[], [0, 2]],
     "flow_shift": [1.0, 3.0],
+    "noise_sampler_seed": [None, 0, 11],
 }
 """Parameter of `__init__` → values to try; "sigmas" stands for the switches `use_*_sigmas`."""
 
-NO_SAMPLE = ("EulerAncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
+NO_SAMPLE = (
+    "EulerAncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "DPMSolverSDEScheduler",
+)
 """Schedulers whose `prediction_type` "sample" the peer lacks."""
 
 SWITCHES = {"lu": "use_lu_lambdas"}
@@ -109,7 +121,7 @@ def options_of(name: str) -> dict[str, list[Any]]:
     if name == "DPMSolverMultistepInverseScheduler":
         options["algorithm_type"] = ["dpmsolver++", "dpmsolver"]  # the peer's equations with noise give NaN, backwards
     if name.startswith("DPMSolver"):
-        options.pop("variance_type")  # here it says what the model returns: tested by itself
+        options.pop("variance_type", None)  # here it says what the model returns: tested by itself
     if name == "SASolverScheduler":
         options |= {"algorithm_type": ["data_prediction", "noise_prediction"]}
         options |= {"predictor_order": [1, 2, 3, 4], "corrector_order": [1, 2, 3, 4]}
@@ -192,7 +204,8 @@ def run(scheduler: Any, steps: int | None = None, dtype: torch.dtype = torch.flo
     sample = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0)).to(dtype) * getattr(
         scheduler, "init_noise_sigma", 1.0
     )
-    if "generator" in inspect.signature(scheduler.step).parameters:
+    torch.manual_seed(2)  # where no generator is taken, seeds are drawn globally
+    if "generator" in inspect.signature(scheduler.step).parameters and "noise_sampler_seed" not in scheduler.config:
         options = {"generator": torch.Generator().manual_seed(1), **options}
     samples = []
     for timestep in scheduler.timesteps:

@@ -95,6 +95,36 @@ def test_predictions_of_the_clean_sample_are_taken_everywhere() -> None:
         torch.testing.assert_close(sample, clean, atol=0.1, rtol=0)
 
 
+@pytest.mark.parametrize("schedule", ["exponential", "karras"])
+def test_a_step_too_short_for_the_brownian_path_has_no_noise(schedule: str) -> None:
+    """The peer halves the path forever: its last sigma and `sigma_min` differ in the last bit."""
+    config = {"sigma_schedule": schedule, "final_sigmas_type": "sigma_min"}
+    theirs, ours = (library.CosineDPMSolverMultistepScheduler(**config) for library in (diffusers, suffuse))
+    with pytest.raises(RecursionError):
+        quiet(run, theirs, 10)
+    samples = run(ours, 10)
+    torch.testing.assert_close(samples[-1], samples[-2])
+
+
+def test_a_generator_seeds_the_brownian_path() -> None:
+    """The peer's DPM-Solver++ SDE takes none, and draws another picture each time."""
+
+    def last(scheduler: suffuse.DPMSolverSDEScheduler, **generator: object) -> torch.Tensor:
+        scheduler.set_timesteps(3)
+        sample = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+        for timestep in scheduler.timesteps:
+            sample = scheduler.step(torch.zeros_like(sample), timestep, sample, **generator).prev_sample
+        return sample
+
+    each = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    alone = last(suffuse.DPMSolverSDEScheduler(), generator=each)
+    assert equal(alone, last(suffuse.DPMSolverSDEScheduler(), generator=each))
+    assert not equal(alone, last(suffuse.DPMSolverSDEScheduler(), generator=each[::-1]))
+    assert not equal(last(suffuse.DPMSolverSDEScheduler()), last(suffuse.DPMSolverSDEScheduler()))
+    configured = suffuse.DPMSolverSDEScheduler(noise_sampler_seed=3)
+    assert equal(last(configured), last(configured, generator=each[0]))
+
+
 def test_ancestral_kdpm2_is_finite() -> None:
     """The peer takes the root of a number that rounding has put below 0, and so the logarithm of NaN."""
     config = {"beta_schedule": "squaredcos_cap_v2"}

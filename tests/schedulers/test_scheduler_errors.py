@@ -29,7 +29,7 @@ def test_impossible_numbers_of_steps(name: str, steps: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in EVERY if n.startswith(("DDIM", "PNDM", "DPMSolver", "UniPC", "LCM", "DEIS"))]
+    "name", [n for n in EVERY if n.startswith(("DDIM", "PNDM", "DPMSolverM", "DPMSolverSi", "UniPC", "LCM", "DEIS"))]
 )  # the others have the schedule of training to begin with
 def test_step_before_set_timesteps(name: str) -> None:
     with pytest.raises(InputError, match="call set_timesteps before step"):
@@ -219,6 +219,24 @@ def test_without_scipy(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         scheduler.set_timesteps(2)
         scheduler.scale_model_input(SAMPLE, scheduler.timesteps[0])
         scheduler.step(SAMPLE, scheduler.timesteps[0], SAMPLE)
+
+
+@pytest.mark.parametrize("name", ["DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler"])
+def test_without_torchsde(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchsde", None)
+    scheduler = getattr(suffuse, name)()
+    scheduler.set_timesteps(2)
+    with pytest.raises(MissingPackageError, match=r'needs the package torchsde(.|\n)*pip install "suffuse\[sde\]"'):
+        scheduler.step(SAMPLE, scheduler.timesteps[0], SAMPLE)
+
+
+def test_seeds_for_another_batch() -> None:
+    scheduler = suffuse.CosineDPMSolverMultistepScheduler()
+    scheduler.set_timesteps(2)
+    with pytest.raises(InputError, match="2 generators for a batch of 1"):
+        scheduler.step(SAMPLE, scheduler.timesteps[0], SAMPLE, generator=[torch.Generator(), torch.Generator()])
+    with pytest.raises(ConfigError, match="solver_order is not possible"):
+        suffuse.CosineDPMSolverMultistepScheduler(solver_order=3)
 
 
 def test_dynamic_shifting_needs_mu() -> None:

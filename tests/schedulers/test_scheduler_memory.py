@@ -18,9 +18,14 @@ import suffuse
 each_scheduler = pytest.mark.parametrize("name", [*EVERY, *OTHER])
 
 
+def seeded(name: str) -> Any:
+    """A scheduler whose noise is the same in every run."""
+    return getattr(suffuse, name)(**({"noise_sampler_seed": 7} if name == "DPMSolverSDEScheduler" else {}))
+
+
 def begun(name: str, steps: int = 8, taken: int = 0) -> tuple[Any, torch.Tensor]:
     """A scheduler some steps into a run, and the sample there."""
-    scheduler = getattr(suffuse, name)()
+    scheduler = seeded(name)
     scheduler.set_timesteps(steps)
     sample = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0)) * scheduler.init_noise_sigma
     return scheduler, finished(scheduler, sample, 0, taken)
@@ -54,6 +59,28 @@ def test_a_copy_goes_on_where_the_run_was_and_leaves_the_original_alone(name: st
     assert equal(finished(again, sample, 0), expected)
 
 
+@pytest.mark.parametrize("name", ["DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler"])
+@pytest.mark.parametrize("generators", [None, 5, [5, 6]], ids=str)
+def test_a_brownian_path_goes_on_after_every_step_of_a_run_that_was_saved(name: str, generators: Any) -> None:
+    """The seed is a number in the memory, drawn or taken from the generator in the first step."""
+    seeds = generators if isinstance(generators, list) else [generators]
+    given = [seed and torch.Generator().manual_seed(seed) for seed in seeds]
+    options = {"generator": given if isinstance(generators, list) else given[0]}
+    scheduler = getattr(suffuse, name)()
+    scheduler.set_timesteps(5)
+    sample, saved, samples = torch.randn(2, 4, 4, 4), [], []
+    for timestep in scheduler.timesteps:
+        sample = scheduler.step(model(sample), timestep, sample, **options).prev_sample
+        saved.append(pickle.dumps((scheduler, sample)))
+        samples.append(sample)
+    for index, state in enumerate(saved):
+        again, sample = pickle.loads(state)
+        assert "BrownianInterval" not in repr(state)
+        for timestep, expected in list(zip(scheduler.timesteps, samples, strict=True))[index + 1 :]:
+            sample = again.step(model(sample), timestep, sample).prev_sample
+            assert equal(sample, expected)
+
+
 def test_a_fork_shares_its_tables() -> None:
     scheduler = suffuse.DDIMScheduler()
     assert scheduler.fork().alphas_cumprod is scheduler.alphas_cumprod
@@ -74,7 +101,7 @@ def test_tables_never_change(name: str) -> None:
 
 @each_scheduler
 def test_eight_threads_on_forks_get_the_serial_results(name: str) -> None:
-    shared = getattr(suffuse, name)()
+    shared = seeded(name)
 
     def one(steps: int) -> list[torch.Tensor]:
         fork = shared.fork()
@@ -85,7 +112,7 @@ def test_eight_threads_on_forks_get_the_serial_results(name: str) -> None:
         return samples
 
     counts = [4 + index % 5 for index in range(16)]
-    serial = [run(getattr(suffuse, name)(), steps) for steps in counts]
+    serial = [run(seeded(name), steps) for steps in counts]
     with ThreadPoolExecutor(8) as pool:
         parallel = list(pool.map(one, counts))
     assert all(all(map(equal, *pair)) for pair in zip(serial, parallel, strict=True))

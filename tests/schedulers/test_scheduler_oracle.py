@@ -11,7 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from scheduler_oracle import EVERY, NAMES, OTHER, STEPS, equal, grid, made, options_of, possible, quiet, run
+from scheduler_oracle import EVERY, NAMES, OTHER, STEPS, equal, grid, made, options_of, parameters, possible, quiet, run
 
 import suffuse
 
@@ -137,7 +137,7 @@ def test_models_that_predict_their_variance(variance_type: str) -> None:
     assert all(map(equal, *results))
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n.startswith("DPMSolver")])
+@pytest.mark.parametrize("name", [n for n in NAMES if n.startswith("DPMSolver") and "variance_type" in parameters(n)])
 def test_dpm_solver_drops_a_predicted_variance(name: str) -> None:
     output, sample = torch.rand(2, 6, 6, 6), torch.randn(2, 3, 6, 6)
     results = []
@@ -236,6 +236,7 @@ def test_noise_is_added_as_the_peer_does(name: str) -> None:
 def test_a_run_that_begins_in_the_middle(name: str) -> None:
     results = []
     for library in (suffuse, diffusers):
+        torch.manual_seed(2)
         scheduler = quiet(getattr(library, name))
         quiet(scheduler.set_timesteps, 10)
         begin = 4 * scheduler.order

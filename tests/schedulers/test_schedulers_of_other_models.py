@@ -36,6 +36,14 @@ OPTIONS: dict[str, dict[str, list[Any]]] = {
         "lower_order_final": [True, False],
         "final_sigmas_type": ["zero", "sigma_min"],
     },
+    "CosineDPMSolverMultistepScheduler": {
+        "sigma_schedule": ["exponential", "karras"],
+        "prediction_type": ["epsilon", "v_prediction"],
+        "solver_order": [1, 2],
+        "solver_type": ["midpoint", "heun"],
+        "lower_order_final": [True, False],
+        "sigma_max": [500.0, 80.0],
+    },
     "FlowMatchHeunDiscreteScheduler": {"shift": [1.0, 3.0], "num_train_timesteps": [1000, 500]},
     "FlowMatchEulerDiscreteScheduler": {
         "shift": [1.0, 3.0],
@@ -125,7 +133,7 @@ def test_edm_euler_at_places_of_the_callers_choice() -> None:
         ours.set_timesteps(sigmas=[0.5, 0.3])
 
 
-@pytest.mark.parametrize("name", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"])
+@pytest.mark.parametrize("name", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CosineDPMSolverMultistepScheduler"])
 def test_edm_parts_are_the_peers(name: str) -> None:
     samples, noise = torch.randn(2, 3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
     ours, theirs = (getattr(library, name)(sigma_data=0.7) for library in (suffuse, diffusers))

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from suffuse.configuration import register_to_config
 from suffuse.errors import ConfigError
-from suffuse.noise import randn_tensor
+from suffuse.noise import Generators, randn_tensor
 from suffuse.outputs import BaseOutput
 from suffuse.schedulers.noise_schedule import Array, check_one_given, checked_count, checked_timesteps, karras_sigmas_at
 from suffuse.schedulers.sigma_space import SigmaMemory, SigmaScheduler
@@ -126,7 +126,7 @@ class CMStochasticIterativeScheduler(SigmaScheduler):
         model_output: Tensor,
         timestep: float | Tensor,
         sample: Tensor,
-        generator: Generator | list[Generator] | None = None,
+        generator: Generators = None,
         return_dict: bool = True,
     ) -> Any:
         """Step to the next sigma; a run of one step adds no noise. Returns a `CMStochasticIterativeSchedulerOutput`."""

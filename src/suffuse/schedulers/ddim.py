@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from suffuse.configuration import register_to_config
 from suffuse.errors import InputError
-from suffuse.noise import randn_tensor
+from suffuse.noise import Generators, randn_tensor
 from suffuse.schedulers.noise_schedule import BetaSchedule, TimestepSpacing, checked_count
 from suffuse.schedulers.prediction import EPSILON, X0, PredictionType, epsilon_of_x0
 from suffuse.schedulers.scheduler import Memory, on_device, stepped
@@ -75,7 +75,7 @@ class DDIMScheduler(VariancePreservingScheduler):
         sample: Tensor,
         eta: float = 0.0,
         use_clipped_model_output: bool = False,
-        generator: Generator | list[Generator] | None = None,
+        generator: Generators = None,
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from suffuse.configuration import register_to_config
 from suffuse.errors import InputError
-from suffuse.noise import randn_tensor
+from suffuse.noise import Generators, randn_tensor
 from suffuse.schedulers.noise_schedule import BetaSchedule, TimestepSpacing, check_one_given, checked_count, checked_timesteps
 from suffuse.schedulers.prediction import X0, PredictionType
 from suffuse.schedulers.scheduler import Memory, on_device, rows, stepped
@@ -84,12 +84,7 @@ class DDPMScheduler(VariancePreservingScheduler):
         return {now: (before, *row) for now, before, row in zip(t.tolist(), previous.tolist(), columns, strict=True)}
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        generator: Generator | list[Generator] | None = None,
-        return_dict: bool = True,
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, generator: Generators = None, return_dict: bool = True
     ) -> Any:
         """Step from `timestep` to the next one of the schedule."""
         t = self._training_timestep(timestep)

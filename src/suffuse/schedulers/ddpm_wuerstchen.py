@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from suffuse.configuration import register_to_config
 from suffuse.errors import ConfigError, InputError
-from suffuse.noise import randn_tensor
+from suffuse.noise import Generators, randn_tensor
 from suffuse.outputs import BaseOutput
 from suffuse.schedulers.noise_schedule import MOST_TIMESTEPS, check_one_given, checked_count
 from suffuse.schedulers.scheduler import Memory, SchedulerMixin, per_sample
@@ -87,12 +87,7 @@ class DDPMWuerstchenScheduler(SchedulerMixin):
         return per_sample((torch.cos((t + s) / (1 + s) * torch.pi * 0.5) ** 2 / first).clamp(0.0001, 0.9999), like)
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: Tensor,
-        sample: Tensor,
-        generator: Generator | list[Generator] | None = None,
-        return_dict: bool = True,
+        self, model_output: Tensor, timestep: Tensor, sample: Tensor, generator: Generators = None, return_dict: bool = True
     ) -> Any:
         """Step from `timestep`, (batch,), to the next one. Returns a `DDPMWuerstchenSchedulerOutput`."""
         self._check_ready()

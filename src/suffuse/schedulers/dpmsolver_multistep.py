@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from suffuse.configuration import register_to_config
-from suffuse.noise import randn_tensor
+from suffuse.noise import Generators, randn_tensor
 from suffuse.schedulers.dpm_solver import INTEGRATORS, TRANSLATIONS, AlgorithmType, SolverType, check, combined
 from suffuse.schedulers.log_snr import LogSnrScheduler, MultistepMemory, needed
 from suffuse.schedulers.noise_schedule import BetaSchedule, FinalSigma, TimestepSpacing
@@ -63,11 +63,19 @@ class DPMSolverMultistepScheduler(LogSnrScheduler):
     def _rounds(self, ladder: str) -> bool:
         return ladder in ("use_karras_sigmas", "use_lu_lambdas") and self.config["beta_schedule"] != "squaredcos_cap_v2"
 
+    @property
+    def _algorithm(self) -> str:
+        return self.config["algorithm_type"]
+
+    def _noise(self, output: Tensor, generator: Generators) -> Tensor:
+        """Noise for this step."""
+        return randn_tensor(output.shape, generator, output.device, self._type(output))
+
     def _coefficients(self, memory: MultistepMemory, order: int) -> tuple[Tensor, ...]:
         """Of every step: c_x, c_z, c_0, and what `_update` wants for the differences of this order."""
         config, (alpha, sigma, lamda) = self.config, self._path(memory)
         h = lamda[1:] - lamda[:-1]
-        step = INTEGRATORS[config["algorithm_type"]](alpha[1:], sigma[1:], alpha[:-1], sigma[:-1], h)
+        step = INTEGRATORS[self._algorithm](alpha[1:], sigma[1:], alpha[:-1], sigma[:-1], h)
         r0, r1 = (torch.roll(h, back) / h for back in (1, 2))
         common = step.c_x, step.c_z, step.c_0
         if order == 1:
@@ -131,7 +139,7 @@ class DPMSolverMultistepScheduler(LogSnrScheduler):
         model_output: Tensor,
         timestep: int | Tensor,
         sample: Tensor,
-        generator: Generator | list[Generator] | None = None,
+        generator: Generators = None,
         return_dict: bool = True,
         variance_noise: Tensor | None = None,
     ) -> Any:
@@ -141,11 +149,9 @@ class DPMSolverMultistepScheduler(LogSnrScheduler):
         self._row(timestep, self._now)
         output = self.convert_model_output(model_output, sample=sample)
         noise = None
-        if self.config["algorithm_type"].startswith("sde"):
-            if variance_noise is None:
-                noise = randn_tensor(output.shape, generator, output.device, self._type(output))
-            else:
-                noise = variance_noise.to(output.device, self._type(output))
+        if self._algorithm.startswith("sde"):
+            noise = self._noise(output, generator) if variance_noise is None else variance_noise
+            noise = noise.to(output.device, self._type(output))
         memory.model_outputs = [*memory.model_outputs[1:], output]
         memory.lower_order_nums = min(memory.lower_order_nums + 1, self.config["solver_order"])
         order = self._order(memory)

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from suffuse.configuration import register_to_config
 from suffuse.errors import InputError
-from suffuse.noise import randn_tensor
+from suffuse.noise import Generators, randn_tensor
 from suffuse.schedulers.dpm_solver import INTEGRATORS, TRANSLATIONS, AlgorithmType, SolverType, check, combined
 from suffuse.schedulers.log_snr import LogSnrScheduler, MultistepMemory, needed
 from suffuse.schedulers.noise_schedule import Array, BetaSchedule, FinalSigma, spaced_timesteps
@@ -163,12 +163,7 @@ class DPMSolverSinglestepScheduler(LogSnrScheduler):
         return self._update(model_output_list[-3:], sample, noise)
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        return_dict: bool = True,
-        generator: Generator | list[Generator] | None = None,
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True, generator: Generators = None
     ) -> Any:
         """Take the next call of a step."""
         self._check_ready()

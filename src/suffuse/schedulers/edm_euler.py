@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from suffuse.configuration import register_to_config
 from suffuse.errors import InputError
-from suffuse.noise import randn_tensor
+from suffuse.noise import Generators, randn_tensor
 from suffuse.schedulers.edm import FINAL, PreconditionedScheduler
 from suffuse.schedulers.noise_schedule import FinalSigma, check_one_given, checked_count
 from suffuse.schedulers.scheduler import Remembered, stepped
@@ -84,7 +84,7 @@ class EDMEulerScheduler(PreconditionedScheduler):
         s_tmin: float = 0.0,
         s_tmax: float = float("inf"),
         s_noise: float = 1.0,
-        generator: Generator | list[Generator] | None = None,
+        generator: Generators = None,
         return_dict: bool = True,
         pred_original_sample: Tensor | None = None,
     ) -> Any:

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from suffuse.configuration import register_to_config
-from suffuse.noise import randn_tensor
+from suffuse.noise import Generators, randn_tensor
 from suffuse.schedulers.noise_schedule import BetaSchedule, TimestepSpacing, training_sigmas
 from suffuse.schedulers.prediction import PredictionType
 from suffuse.schedulers.scheduler import stepped
@@ -45,7 +45,7 @@ class EulerAncestralDiscreteScheduler(SigmaScheduler):
         model_output: Tensor,
         timestep: float | Tensor,
         sample: Tensor,
-        generator: Generator | list[Generator] | None = None,
+        generator: Generators = None,
         return_dict: bool = True,
     ) -> Any:
         """Step to the next sigma."""

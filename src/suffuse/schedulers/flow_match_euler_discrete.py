@@ -11,11 +11,11 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from suffuse.configuration import register_to_config
 from suffuse.errors import ConfigError, InputError
-from suffuse.noise import randn_tensor
+from suffuse.noise import Generators, randn_tensor
 from suffuse.outputs import BaseOutput
 from suffuse.schedulers.choices import Choices
 from suffuse.schedulers.noise_schedule import Array, check_one_ladder, checked_count, chosen_ladder, respaced_sigmas, shifted
@@ -208,7 +208,7 @@ class FlowMatchEulerDiscreteScheduler(FlowMatchScheduler):
         s_tmin: float = 0.0,
         s_tmax: float = float("inf"),
         s_noise: float = 1.0,
-        generator: Generator | list[Generator] | None = None,
+        generator: Generators = None,
         per_token_timesteps: Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:

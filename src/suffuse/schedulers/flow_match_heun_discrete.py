@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from suffuse.configuration import register_to_config
-from suffuse.noise import randn_tensor
+from suffuse.noise import Generators, randn_tensor
 from suffuse.schedulers.flow_match_euler_discrete import (
     FlowMatchEulerDiscreteSchedulerOutput,
     FlowMatchScheduler,
@@ -62,7 +62,7 @@ class FlowMatchHeunDiscreteScheduler(FlowMatchScheduler):
         s_tmin: float = 0.0,
         s_tmax: float = float("inf"),
         s_noise: float = 1.0,
-        generator: Generator | list[Generator] | None = None,
+        generator: Generators = None,
         return_dict: bool = True,
     ) -> Any:
         """Half a step to the next sigma. Returns a `FlowMatchEulerDiscreteSchedulerOutput`.

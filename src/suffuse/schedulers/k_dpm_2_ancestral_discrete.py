@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from suffuse.noise import randn_tensor
+from suffuse.noise import Generators, randn_tensor
 from suffuse.schedulers.k_dpm_2_discrete import KDPM2DiscreteScheduler
 from suffuse.schedulers.scheduler import stepped
 from suffuse.schedulers.sigma_space import ancestral
@@ -31,7 +31,7 @@ class KDPM2AncestralDiscreteScheduler(KDPM2DiscreteScheduler):
         model_output: Tensor,
         timestep: float | Tensor,
         sample: Tensor,
-        generator: Generator | list[Generator] | None = None,
+        generator: Generators = None,
         return_dict: bool = True,
     ) -> Any:
         """Take the first or the second call of a step; noise is drawn in the second."""

@@ -82,7 +82,7 @@ class KDPM2DiscreteScheduler(SigmaScheduler):
         """
         self.memory = self._scheduled(num_inference_steps, device, num_train_timesteps or len(self))
 
-    def _scheduled(self, count: int, device: str | torch.device | None, train: int) -> TwoCallMemory:
+    def _scheduled(self, count: int, device: str | torch.device | None, train: int) -> SigmaMemory:
         count = checked_count(count, train)
         training = training_sigmas(self.alphas_cumprod)
         sigmas, whole = self._levels(self._spaced(count, train), count)

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from suffuse.configuration import register_to_config
 from suffuse.errors import InputError
-from suffuse.noise import randn_tensor
+from suffuse.noise import Generators, randn_tensor
 from suffuse.outputs import BaseOutput
 from suffuse.schedulers.noise_schedule import MOST_TIMESTEPS, checked_count
 from suffuse.schedulers.scheduler import Memory, Remembered, SchedulerMixin, per_sample
@@ -78,9 +78,7 @@ class KarrasVeScheduler(SchedulerMixin):
         """`sample` as the model wants to see it, which is as it is."""
         return sample
 
-    def add_noise_to_input(
-        self, sample: Tensor, sigma: float | Tensor, generator: Generator | list[Generator] | None = None
-    ) -> tuple[Tensor, Any]:
+    def add_noise_to_input(self, sample: Tensor, sigma: float | Tensor, generator: Generators = None) -> tuple[Tensor, Any]:
         """(the sample with some noise more, its sigma_hat), where `sigma` is from `s_min` to `s_max`."""
         self._check_ready()
         config = self.config

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from suffuse.noise import randn_tensor
+from suffuse.noise import Generators, randn_tensor
 from suffuse.outputs import BaseOutput
 from suffuse.schedulers.distilled import DistilledScheduler
 from suffuse.schedulers.prediction import X0
@@ -51,12 +51,7 @@ class LCMScheduler(DistilledScheduler):
         return here.sqrt(), (1 - here).sqrt(), *scalings, after.sqrt(), (1 - after).sqrt()
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        generator: Generator | list[Generator] | None = None,
-        return_dict: bool = True,
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, generator: Generators = None, return_dict: bool = True
     ) -> Any:
         """Step to the next timestep; the last step ends at the clean sample. Returns an `LCMSchedulerOutput`."""
         self._check_ready()

@@ -230,7 +230,7 @@ class LogSnrScheduler(SchedulerMixin):
 
     def _thresholded(self, x0: Tensor) -> Tensor:
         config = self.config
-        if not config["thresholding"]:
+        if not config.get("thresholding"):
             return x0
         return dynamic_threshold(x0, config["dynamic_thresholding_ratio"], config["sample_max_value"])
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from suffuse.configuration import register_to_config
 from suffuse.errors import InputError
-from suffuse.noise import randn_tensor
+from suffuse.noise import Generators, randn_tensor
 from suffuse.schedulers.noise_schedule import BetaSchedule, checked_count
 from suffuse.schedulers.prediction import X0
 from suffuse.schedulers.scheduler import Memory, on_device, stepped
@@ -80,7 +80,7 @@ class RePaintScheduler(VariancePreservingScheduler):
         sample: Tensor,
         original_image: Tensor,
         mask: Tensor,
-        generator: Generator | list[Generator] | None = None,
+        generator: Generators = None,
         return_dict: bool = True,
     ) -> Any:
         """Step from `timestep` to the one before.
@@ -102,7 +102,7 @@ class RePaintScheduler(VariancePreservingScheduler):
         known = signal_prev * original_image + noise_prev * drawn
         return stepped(return_dict, mask * known + (1.0 - mask) * unknown, x0)
 
-    def undo_step(self, sample: Tensor, timestep: int | Tensor, generator: Generator | list[Generator] | None = None) -> Tensor:
+    def undo_step(self, sample: Tensor, timestep: int | Tensor, generator: Generators = None) -> Tensor:
         """Add the noise of one step to `sample`, which is at `timestep` (Ho et al., 2020, equation 2)."""
         self._check_ready()
         t, betas = self._training_timestep(timestep), self.betas.cpu()

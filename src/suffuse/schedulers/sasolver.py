@@ -18,11 +18,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from suffuse.configuration import register_to_config
 from suffuse.errors import ConfigError
-from suffuse.noise import randn_tensor
+from suffuse.noise import Generators, randn_tensor
 from suffuse.schedulers.log_snr import LogSnrScheduler, MultistepMemory, needed
 from suffuse.schedulers.noise_schedule import Array, BetaSchedule, TimestepSpacing, chosen_ladder, to_tensor, training_sigmas
 from suffuse.schedulers.prediction import FlowPredictionType
@@ -221,12 +221,7 @@ class SASolverScheduler(LogSnrScheduler):
         return _combined(self._row(None, self._corrector, order, float(tau)), last_sample, last_noise, outputs)
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        generator: Generator | list[Generator] | None = None,
-        return_dict: bool = True,
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, generator: Generators = None, return_dict: bool = True
     ) -> Any:
         """Correct `sample`, and step to the next sigma."""
         self._check_ready()

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from suffuse.configuration import register_to_config
-from suffuse.noise import randn_tensor
+from suffuse.noise import Generators, randn_tensor
 from suffuse.outputs import BaseOutput
 from suffuse.schedulers.noise_schedule import checked_count
 from suffuse.schedulers.scheduler import Memory, Remembered, SchedulerMixin, per_sample, stepped
@@ -111,7 +111,7 @@ class ScoreSdeVeScheduler(SchedulerMixin):
         model_output: Tensor,
         timestep: float | Tensor,
         sample: Tensor,
-        generator: Generator | list[Generator] | None = None,
+        generator: Generators = None,
         return_dict: bool = True,
     ) -> Any:
         """Step from `timestep` to the next, by the model's score. Returns an `SdeVeOutput`."""
@@ -123,9 +123,7 @@ class ScoreSdeVeScheduler(SchedulerMixin):
         previous = mean + deviation * randn_tensor(sample.shape, generator, sample.device, sample.dtype)
         return SdeVeOutput(previous, mean) if return_dict else (previous, mean)
 
-    def step_correct(
-        self, model_output: Tensor, sample: Tensor, generator: Generator | list[Generator] | None = None, return_dict: bool = True
-    ) -> Any:
+    def step_correct(self, model_output: Tensor, sample: Tensor, generator: Generators = None, return_dict: bool = True) -> Any:
         """Move `sample` along the score at its own noise level (Langevin dynamics)."""
         noise = randn_tensor(sample.shape, generator).to(sample.device)
         score_length, noise_length = (torch.linalg.vector_norm(v.flatten(1), dim=-1).mean() for v in (model_output, noise))

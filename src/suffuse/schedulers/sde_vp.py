@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from suffuse.configuration import register_to_config
-from suffuse.noise import randn_tensor
+from suffuse.noise import Generators, randn_tensor
 from suffuse.schedulers.noise_schedule import checked_count
 from suffuse.schedulers.scheduler import Memory, SchedulerMixin, per_sample
 
@@ -32,9 +32,7 @@ class ScoreSdeVpScheduler(SchedulerMixin):
         count = checked_count(num_inference_steps, len(self))
         self.memory = Memory(torch.linspace(1, self.config["sampling_eps"], count, device=device), count)
 
-    def step_pred(
-        self, score: Tensor, x: Tensor, t: Tensor, generator: Generator | list[Generator] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def step_pred(self, score: Tensor, x: Tensor, t: Tensor, generator: Generators = None) -> tuple[Tensor, Tensor]:
         """A step from `t`.
 
         Args:

@@ -64,6 +64,7 @@ class SigmaScheduler(SchedulerMixin):
 
     memory_class: ClassVar[type[SigmaMemory]] = SigmaMemory
     ladders: ClassVar[tuple[str, ...]] = ()
+    timestep_precision: ClassVar[type[np.floating[Any]]] = np.float32
     sigmas = Remembered()
     is_scale_input_called = Remembered()
 
@@ -89,7 +90,9 @@ class SigmaScheduler(SchedulerMixin):
 
     def _spaced(self, count: int, train: int | None = None) -> Array:
         config = self.config
-        return spaced_timesteps(config["timestep_spacing"], count, train or len(self), config["steps_offset"]).astype("float32")
+        return spaced_timesteps(config["timestep_spacing"], count, train or len(self), config["steps_offset"]).astype(
+            self.timestep_precision
+        )
 
     def _levels(self, timesteps: Array, count: int, between: Callable[[Array, Array], Array] = sigmas_at) -> tuple[Array, Array]:
         """(sigmas, timesteps) of a run, the final sigma not yet among them.

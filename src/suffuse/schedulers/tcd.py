@@ -1,6 +1,6 @@
 """TCD: Trajectory Consistency Distillation (Zheng et al., 2024, https://arxiv.org/abs/2402.19159), strategic stochastic sampling.
 
-x_s = sqrt(alpha_bar_s) x_0 + sqrt(1 - alpha_bar_s) epsilon,  s = floor((1 - eta) t')                        (algorithm 4)
+x_s = sqrt(alpha_bar_s) x_0 + sqrt(1 - alpha_bar_s) epsilon,  s = floor((1 - eta) t')            (eta is the paper's gamma)
 x_{t'} = sqrt(alpha_bar_{t'} / alpha_bar_s) x_s + sqrt(1 - alpha_bar_{t'} / alpha_bar_s) z
 """
 
@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from suffuse.errors import InputError
-from suffuse.noise import randn_tensor
+from suffuse.noise import Generators, randn_tensor
 from suffuse.outputs import BaseOutput
 from suffuse.schedulers.distilled import DistilledScheduler
 from suffuse.schedulers.noise_schedule import Array
@@ -58,7 +58,7 @@ class TCDScheduler(DistilledScheduler):
         timestep: int | Tensor,
         sample: Tensor,
         eta: float = 0.3,
-        generator: Generator | list[Generator] | None = None,
+        generator: Generators = None,
         return_dict: bool = True,
     ) -> Any:
         """Step to the next timestep. Returns a `TCDSchedulerOutput`.

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from suffuse.configuration import register_to_config
 from suffuse.errors import InputError
-from suffuse.noise import randn_tensor
+from suffuse.noise import Generators, randn_tensor
 from suffuse.schedulers.noise_schedule import BETAS, checked_count
 from suffuse.schedulers.prediction import X0
 from suffuse.schedulers.scheduler import Memory, on_device, stepped
@@ -69,7 +69,7 @@ class UnCLIPScheduler(VariancePreservingScheduler):
         timestep: int | Tensor,
         sample: Tensor,
         prev_timestep: int | Tensor | None = None,
-        generator: Generator | list[Generator] | None = None,
+        generator: Generators = None,
         return_dict: bool = True,
     ) -> Any:
         """Step from `timestep` to `prev_timestep`.
