@@ -214,3 +214,8 @@ def test_gradients_flow_through_a_step(name: str) -> None:
     scheduler.step(output, timestep, sample).prev_sample.sum().backward()
     assert output.grad is not None
     assert output.grad.abs().sum() > 0
+
+
+@each_scheduler
+def test_a_scheduler_is_something(name: str) -> None:
+    assert getattr(suffuse, name)()

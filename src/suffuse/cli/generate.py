@@ -18,35 +18,18 @@ from suffuse.checkpoints.bundle import DEFAULT, SETTINGS, bundled
 from suffuse.cli.loading import loaded, made_with, pipeline_for, quiet, usable_device
 from suffuse.cli.picture import check_writable, destination, write_picture
 from suffuse.errors import InputError, nearest
-from suffuse.public_names import PUBLIC
+from suffuse.schedulers.catalogue import CATALOGUE
 
 if TYPE_CHECKING:
     from PIL import Image
 
-OTHER_MODELS = {
-    "SchedulerMixin",
-    "IPNDMScheduler",
-    "DDIMInverseScheduler",
-    "DPMSolverMultistepInverseScheduler",
-    "UnCLIPScheduler",
-    "CMStochasticIterativeScheduler",
-    "EDMEulerScheduler",
-    "EDMDPMSolverMultistepScheduler",
-    "CosineDPMSolverMultistepScheduler",
-    "FlowMatchEulerDiscreteScheduler",
-    "FlowMatchHeunDiscreteScheduler",
-    "RePaintScheduler",
-    "ScoreSdeVeScheduler",
-    "ScoreSdeVpScheduler",
-    "KarrasVeScheduler",
-    "DDPMWuerstchenScheduler",
-}
-"""Schedulers that cannot draw a picture from the checkpoints that this command takes."""
+OTHER_TASKS = ("IPNDMScheduler", "UnCLIPScheduler", "RePaintScheduler", "DDPMWuerstchenScheduler")
+"""Schedulers of the same models whose steps are those of other pipelines."""
 
 SCHEDULERS = {
     re.sub(r"discrete|scheduler", "", name.lower()): name
-    for name, module in PUBLIC.items()
-    if module.startswith("suffuse.schedulers.") and name not in OTHER_MODELS
+    for name, facts in CATALOGUE.items()
+    if facts.models == "alphas" and facts.kind in ("ODE", "SDE", "distilled") and name not in OTHER_TASKS
 }
 """Short name → class: "euler" → EulerDiscreteScheduler."""
 

@@ -220,6 +220,9 @@ class SchedulerMixin(ConfigMixin, PushToHubMixin):
     def __len__(self) -> int:
         return self.config["num_train_timesteps"]
 
+    def __bool__(self) -> bool:
+        return True  # also where there is no such number
+
     # ------------------------------------------------------------ which step
 
     def set_begin_index(self, begin_index: int = 0) -> None:
