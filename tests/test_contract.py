@@ -14,9 +14,9 @@ from suffuse.public_names import PUBLIC
 
 CONTRACT = json.loads((Path(__file__).parent / "contract.json").read_text())
 CLASSES = sorted(PUBLIC.keys() & CONTRACT.keys())
-LATER = ("lora", "adapter", "textual_inversion", "single_file", "attn_procs", "cpu_offload")
-"""Parts of method names that belong to adapters and single files, which are not here yet."""
-UNSPOKEN = {"get_config_dict", "maybe_convert_prompt", "check_inputs", "encode_image", "prepare_latents", "register_to_config"}
+LATER = ("ip_adapter", "add_adapter", "lora_into_transformer", "single_file", "attn_procs", "cpu_offload")
+"""Parts of method names that belong to what is not here yet."""
+UNSPOKEN = {"get_config_dict", "check_inputs", "encode_image", "prepare_latents", "register_to_config"}
 UNSPOKEN |= {"prepare_mask_latents", "convert_state_dict_legacy_attn_format"}
 """Steps inside the peer's methods that nobody calls by name; here they are parts of other shape."""
 

@@ -15,6 +15,8 @@ MODELS = [name for module, names in MODULES.items() if module.startswith("suffus
 MODELS = [name for name in MODELS if name != "ModelMixin"]
 CONTRACT = json.loads(Path(__file__).with_name("models_of_diffusers_0_26_3.json").read_text())
 """What diffusers 0.26.3 has, less what adapters and single files will bring."""
+OLDER = [name for name in MODELS if name in CONTRACT]
+"""Models whose names 0.26.3 gives out at its top."""
 
 
 def _plain(value):
@@ -36,14 +38,14 @@ def test_forward_has_the_peers_parameters_in_order(name):
     assert [(p.name, p.default) for p in ours.values()] == [(p.name, p.default) for p in peer.values()]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", OLDER)
 def test_init_begins_with_the_contracts_parameters_in_order(name):
     ours = list(inspect.signature(getattr(suffuse, name).__init__).parameters.values())[1:]
     wanted = CONTRACT[name]["init"]
     assert [[p.name, _plain(p.default)] for p in ours[: len(wanted)]] == wanted
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", OLDER)
 def test_the_contracts_methods_and_properties_are_there(name):
     cls = getattr(suffuse, name)
     for method, wanted in CONTRACT[name]["methods"].items():
@@ -64,7 +66,7 @@ def test_importing_the_models_imports_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith("Multi")])
 def test_configurations_go_both_ways(name, tmp_path):
     ours, peer = (getattr(library, name) for library in (suffuse, diffusers))
     with torch.device("meta"):

@@ -166,8 +166,13 @@ class PickleSource:
         return {}
 
 
-def load_pickle(path: Path) -> dict[str, Tensor]:
-    """The named tensors of a pickle; see `PickleSource`."""
+def load_plain(path: Path) -> Any:
+    """What a pickle holds: tensors, numbers, texts, and lists and dictionaries of them.
+
+    Raises:
+        UnsafePickleError: It asks for more; nothing of it was run.
+        CorruptFileError: It is cut, or no pickle.
+    """
     with open_regular(path) as file:
         first = file.read(64)
         if not first.startswith((b"PK\x03\x04", b"\x80")):
@@ -176,7 +181,7 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                loaded = torch.load(file, map_location="cpu", weights_only=True)
+                return torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
             if zipfile.is_zipfile(path) or first.startswith(b"\x80"):
                 raise UnsafePickleError(
@@ -187,6 +192,11 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
             raise CorruptFileError(f"{path} is no file of weights", found=first[:40]) from None
         except (RuntimeError, EOFError, ValueError, KeyError, IndexError, UnicodeDecodeError, zipfile.BadZipFile) as error:
             raise CorruptFileError(f"{path} cannot be read", found=str(error).splitlines()[0]) from None
+
+
+def load_pickle(path: Path) -> dict[str, Tensor]:
+    """The named tensors of a pickle; see `PickleSource`."""
+    loaded = load_plain(path)
     # Training writes more than weights: they stand under this name then, beside what is no tensor.
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = {name: value for name, value in {**loaded, **loaded["state_dict"]}.items() if isinstance(value, Tensor)}

@@ -16,6 +16,7 @@ from suffuse.layers.attention_processors import (
     FusedAttnProcessor2_0,
     Processor,
 )
+from suffuse.layers.low_rank import adapters_of
 
 
 class AttentionServices(nn.Module):
@@ -103,8 +104,13 @@ class AttentionServices(nn.Module):
         """Make one matrix product of those that read the same tokens; the numbers may differ in the last bits.
 
         Raises:
-            InputError: The model has attention with added keys and values.
+            InputError: The model has attention with added keys and values, or adapters, which would not be used.
         """
+        if adapters_of(self) is not None:
+            raise InputError(
+                "fuse_qkv_projections would bypass the layers that adapters are for",
+                remedy="fuse_lora() and unload_lora_weights() first, which leaves the adapters in the weights",
+            )
         layers = self.attention_layers()
         if any(isinstance(layer.processor, ADDED_KV_PROCESSORS) for layer in layers.values()):
             raise InputError("fuse_qkv_projections does not work on attention with added keys and values")

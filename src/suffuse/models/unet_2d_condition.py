@@ -17,8 +17,10 @@ from suffuse.errors import ConfigError, InputError
 from suffuse.layers.activations import get_activation
 from suffuse.layers.attention import CrossNorm
 from suffuse.layers.freeu import FreeU
+from suffuse.layers.low_rank import scaled
 from suffuse.layers.normalization import group_norm
 from suffuse.layers.transformer import AttentionType, Context
+from suffuse.models.adapter_services import AdapterServices
 from suffuse.models.sizes import require_length, require_positive
 from suffuse.models.unet_2d_blocks import UP_BLOCKS, Place, SkipUpBlock, find_block
 from suffuse.models.unet_2d_encoder import UNet2DEncoder
@@ -35,7 +37,7 @@ class UNet2DConditionOutput(BaseOutput):
     sample: Tensor
 
 
-class UNet2DConditionModel(UNet2DEncoder):
+class UNet2DConditionModel(AdapterServices, UNet2DEncoder):
     """The UNet of Stable Diffusion and its kin.
 
     Args:
@@ -258,35 +260,37 @@ class UNet2DConditionModel(UNet2DEncoder):
         Raises:
             InputError: Something is missing, or has a shape that does not fit.
         """
-        sample, emb = self._embed(sample, timestep, timestep_cond, encoder_hidden_states, class_labels, added_cond_kwargs)
-        context = self._context(
-            sample, encoder_hidden_states, added_cond_kwargs, attention_mask, encoder_attention_mask, cross_attention_kwargs
-        )
-        controls, adapters = down_block_additional_residuals, down_intrablock_additional_residuals
-        if mid_block_additional_residual is None and adapters is None:
-            controls, adapters = None, controls
+        with scaled((cross_attention_kwargs or {}).get("scale")):
+            sample, emb = self._embed(sample, timestep, timestep_cond, encoder_hidden_states, class_labels, added_cond_kwargs)
+            context = self._context(
+                sample, encoder_hidden_states, added_cond_kwargs, attention_mask, encoder_attention_mask, cross_attention_kwargs
+            )
+            controls, adapters = down_block_additional_residuals, down_intrablock_additional_residuals
+            if mid_block_additional_residual is None and adapters is None:
+                controls, adapters = None, controls
 
-        residuals = iter(adapters or ())
-        sample, skips = self._down(self.conv_in(sample), emb, context, residuals)
-        if controls is not None and mid_block_additional_residual is not None:
-            skips = _added(skips, controls)
-        if self.mid_block is not None:
-            sample = self.mid_block(sample, emb, context)
-            residual = next(residuals, None)
-            if residual is not None and residual.shape == sample.shape:
-                sample = sample + residual
-        if controls is not None and mid_block_additional_residual is not None:
-            sample = sample + mid_block_additional_residual
-        sample = self._up(sample, skips, emb, context)
-        if self.conv_norm_out is not None and self.conv_act is not None:
-            sample = self.conv_act(self.conv_norm_out(sample))
-        sample = self.conv_out(sample)
-        return UNet2DConditionOutput(sample) if return_dict else (sample,)
+            residuals = iter(adapters or ())
+            sample, skips = self._down(self.conv_in(sample), emb, context, residuals)
+            if controls is not None and mid_block_additional_residual is not None:
+                skips = _added(skips, controls)
+            if self.mid_block is not None:
+                sample = self.mid_block(sample, emb, context)
+                residual = next(residuals, None)
+                if residual is not None and residual.shape == sample.shape:
+                    sample = sample + residual
+            if controls is not None and mid_block_additional_residual is not None:
+                sample = sample + mid_block_additional_residual
+            sample = self._up(sample, skips, emb, context)
+            if self.conv_norm_out is not None and self.conv_act is not None:
+                sample = self.conv_act(self.conv_norm_out(sample))
+            sample = self.conv_out(sample)
+            return UNet2DConditionOutput(sample) if return_dict else (sample,)
 
     def _up(self, sample: Tensor, skips: list[Tensor | None], emb: Tensor, context: Context) -> Tensor:
         # Where a size did not halve evenly, doubling would miss the skip connection's size.
         uneven = any(size % self._multiple for size in skips[0].shape[-2:]) if skips[0] is not None else False
-        for block in list[Any](self.up_blocks):
+        blocks: Any = self.up_blocks
+        for block in blocks:
             count = len(block.resnets)
             own, skips = skips[-count:], skips[:-count]
             below = skips[-1] if uneven and skips and block is not self.up_blocks[-1] else None

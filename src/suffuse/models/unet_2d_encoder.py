@@ -267,7 +267,8 @@ class UNet2DEncoder(AttentionServices, ModelMixin):
         self, sample: Tensor, emb: Tensor, context: Context, residuals: Iterator[Tensor]
     ) -> tuple[Tensor, list[Tensor | None]]:
         skips: list[Tensor | None] = [sample]
-        for block in list[Any](self.down_blocks):
+        blocks: Any = self.down_blocks
+        for block in blocks:
             residual = next(residuals, None)
             if block.has_cross_attention:
                 sample, made = block(sample, emb, context, residual)

@@ -11,14 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from suffuse.adapters.lora import LoraLoaderMixin
+from suffuse.adapters.textual_inversion import TextualInversionLoaderMixin
 from suffuse.configuration import check_type
 from suffuse.diffusion.advance import step_options
 from suffuse.diffusion.conditioning import Conditioner, Conditioning, Keywords, text
 from suffuse.diffusion.decoders import decode_latents
 from suffuse.diffusion.guidance import ClassifierFreeGuidance, EmbeddedGuidance, Guidance, guidance_scale_embedding
 from suffuse.diffusion.latents import encode_image, repeats
-from suffuse.diffusion.prompts import encode_text, repeat_rows
+from suffuse.diffusion.prompts import encode_text, listed, repeat_rows
+from suffuse.diffusion.weighted_prompts import length_for
 from suffuse.errors import ConfigError, InputError
+from suffuse.layers.low_rank import scaled
 from suffuse.noise import Generators, randn_tensor
 from suffuse.outputs import BaseOutput
 from suffuse.pipelines.arguments import check_batch, check_pixels, check_shape, prompt_count
@@ -46,7 +50,7 @@ class StableDiffusionPipelineOutput(BaseOutput):
     nsfw_content_detected: list[bool] | None
 
 
-class StableDiffusionBase(DiffusionPipeline):
+class StableDiffusionBase(LoraLoaderMixin, TextualInversionLoaderMixin, DiffusionPipeline):
     """The verbs of Stable Diffusion: encode prompts, make noise, denoise, decode."""
 
     model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
@@ -157,16 +161,20 @@ class StableDiffusionBase(DiffusionPipeline):
         def placed(states: Tensor) -> Tensor:
             return repeat_rows(states.to(dtype=dtype, device=device), num_images_per_prompt)
 
+        def read(texts: list[str], **options: Any) -> Tensor:
+            texts = self.maybe_convert_prompt(texts, self.tokenizer)
+            with scaled(lora_scale):
+                return encode_text(texts, self.tokenizer, self.text_encoder, device, **options)
+
         if prompt_embeds is None:
-            prompts = [prompt] if isinstance(prompt, str) else prompt or []
-            prompt_embeds = encode_text(prompts, self.tokenizer, self.text_encoder, device, clip_skip=clip_skip)
+            told = self.maybe_convert_prompt([*listed(prompt), *listed(negative_prompt)], self.tokenizer)
+            length = length_for(told, self.tokenizer)
+            prompt_embeds = read(listed(prompt), length=length, clip_skip=clip_skip)
         if not do_classifier_free_guidance:
             return placed(prompt_embeds), negative_prompt_embeds
         if negative_prompt_embeds is None:
             negatives = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""] * len(prompt_embeds)
-            negative_prompt_embeds = encode_text(
-                negatives, self.tokenizer, self.text_encoder, device, length=prompt_embeds.shape[1]
-            )
+            negative_prompt_embeds = read(negatives, length=prompt_embeds.shape[1])
         check_shape("negative_prompt_embeds", negative_prompt_embeds, tuple(prompt_embeds.shape))
         return placed(prompt_embeds), placed(negative_prompt_embeds)
 
@@ -180,6 +188,7 @@ class StableDiffusionBase(DiffusionPipeline):
             device=self._execution_device,
             num_images_per_prompt=count,
             do_classifier_free_guidance=guided,
+            lora_scale=self.lora_scale,
             clip_skip=run.clip_skip,
             **passed,
         )

@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from suffuse.adapters.lora import StableDiffusionXLLoraLoaderMixin
 from suffuse.configuration import check_type
 from suffuse.diffusion.conditioning import Conditioner, Conditioning, ModelCall
 from suffuse.diffusion.loop import Hook, Step
-from suffuse.diffusion.prompts import encode_text_and_pool, repeat_rows
+from suffuse.diffusion.prompts import encode_text_and_pool, listed, repeat_rows
+from suffuse.diffusion.weighted_prompts import length_for
 from suffuse.errors import ConfigError, InputError
+from suffuse.layers.low_rank import scaled
 from suffuse.outputs import BaseOutput
 from suffuse.pipelines.arguments import check_shape
 from suffuse.pipelines.stable_diffusion.base import ENCODERS, PROMPTS, StableDiffusionBase
@@ -55,7 +58,7 @@ def pooled_and_sizes(call: ModelCall, step: Step) -> None:
     }
 
 
-class StableDiffusionXLBase(StableDiffusionBase):
+class StableDiffusionXLBase(StableDiffusionXLLoraLoaderMixin, StableDiffusionBase):  # pyright: ignore[reportIncompatibleMethodOverride]
     """The verbs of Stable Diffusion XL, where they are others than those of Stable Diffusion.
 
     Args:
@@ -173,7 +176,10 @@ class StableDiffusionXLBase(StableDiffusionBase):
         if prompt_embeds is None:
             prompts = [prompt] if isinstance(prompt, str) else prompt or []
             texts = [prompts, _listed(prompt_2 or prompts, len(prompts))]
-            prompt_embeds, pooled = self._read(texts, device, None, clip_skip or 0)
+            told = [*texts[0], *texts[1], *listed(negative_prompt), *listed(negative_prompt_2)]
+            tokenizer = self.tokenizer_2 or self.tokenizer
+            length = length_for(self.maybe_convert_prompt(told, tokenizer), tokenizer)
+            prompt_embeds, pooled = self._read(texts, device, length, clip_skip or 0, lora_scale)
             pooled_prompt_embeds = pooled if pooled_prompt_embeds is None else pooled_prompt_embeds
         if pooled_prompt_embeds is None:
             raise InputError("pooled_prompt_embeds are missing", remedy="pass them with prompt_embeds")
@@ -186,7 +192,7 @@ class StableDiffusionXLBase(StableDiffusionBase):
             else:
                 first = negative_prompt or ""
                 texts = [_listed(text, len(prompt_embeds)) for text in (first, negative_prompt_2 or first)]
-                negative_prompt_embeds, pooled = self._read(texts, device, prompt_embeds.shape[1], 0)
+                negative_prompt_embeds, pooled = self._read(texts, device, prompt_embeds.shape[1], 0, lora_scale)
             negative_pooled_prompt_embeds = pooled if negative_pooled_prompt_embeds is None else negative_pooled_prompt_embeds
         check_shape("negative_prompt_embeds", negative_prompt_embeds, tuple(prompt_embeds.shape))
         check_shape("negative_pooled_prompt_embeds", negative_pooled_prompt_embeds, tuple(pooled_prompt_embeds.shape))
@@ -200,13 +206,16 @@ class StableDiffusionXLBase(StableDiffusionBase):
         )
 
     def _read(
-        self, texts: Sequence[list[str]], device: torch.device, length: int | None, clip_skip: int
+        self, texts: Sequence[list[str]], device: torch.device, length: int | None, clip_skip: int, lora_scale: float | None
     ) -> tuple[Tensor, Tensor | None]:
         """What the text encoders make of a list of texts each, side by side; a refiner's one reads the first list."""
         states, pooled = list[Tensor](), None
         for own, (encoder, tokenizer) in zip(texts, self._encoders(), strict=False):
             parts = getattr(self, tokenizer), getattr(self, encoder), device
-            made, vector = encode_text_and_pool(own, *parts, length=length, clip_skip=clip_skip)
+            with scaled(lora_scale):
+                made, vector = encode_text_and_pool(
+                    self.maybe_convert_prompt(own, parts[0]), *parts, length=length, clip_skip=clip_skip
+                )
             states.append(made)
             pooled = vector if pooled is None else pooled
         return torch.concat(states, dim=-1), pooled
@@ -224,6 +233,7 @@ class StableDiffusionXLBase(StableDiffusionBase):
             device=self._execution_device,
             num_images_per_prompt=run.arguments["num_images_per_prompt"],
             do_classifier_free_guidance=guided,
+            lora_scale=self.lora_scale,
             clip_skip=run.clip_skip,
             **passed,
         )
@@ -265,9 +275,10 @@ class StableDiffusionXLBase(StableDiffusionBase):
         """The numbers the UNet is told of the picture, and of what it should not look like."""
         said = self._run.arguments
         original, target = said["original_size"] or [height, width], said["target_size"] or [height, width]
-        negatives = [said["negative_original_size"], said["negative_target_size"]]
+        negatives = [said.get("negative_original_size"), said.get("negative_target_size")]
         scored = self.config.get("requires_aesthetics_score", False)
-        crops, negative_crops = said["crops_coords_top_left"], said["negative_crops_coords_top_left"]
+        crops = said["crops_coords_top_left"]
+        negative_crops = said.get("negative_crops_coords_top_left", crops)
         if not scored and not any(negatives) and not any(negative_crops):
             negative_crops = crops
         last, negative_last = target, negatives[1] or target

@@ -1,0 +1,1 @@
+"""Adapters: loaded onto a pipeline, removed without a trace."""
