@@ -14,7 +14,13 @@ import pytest
 import tiny
 from PIL import Image, ImageDraw
 from random_checkpoints import ROOT, random_checkpoint
+from safetensors.torch import save_file
 from skimage import data
+
+import suffuse
+
+sys.path.append(str(ROOT / "tests" / "adapters"))
+from factors import adapter
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
@@ -35,6 +41,12 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         diffusers.StableDiffusionXLPipeline(
             **tiny.stable_diffusion_xl(tmp_path / "tokenizers" / "1"), add_watermarker=False
         ).save_pretrained("stable-diffusion-xl")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipe = suffuse.StableDiffusionPipeline.from_pretrained(random_checkpoint())
+    suffuse.ControlNetModel.from_unet(pipe.unet).save_pretrained("controlnet-canny")
+    for seed, name in enumerate(("style", "light")):
+        save_file(adapter(pipe, seed=seed), f"{name}.safetensors")
     Path("examples").symlink_to(ROOT / "examples")
     Image.fromarray(data.astronaut()[0:256, 96:352]).resize((128, 128)).save("photo.png")
     mask = Image.new("L", (128, 128))
@@ -77,8 +89,6 @@ def test_its_first_command_runs(workplace: Path) -> None:
 
 
 def test_its_table_names_classes_that_are_there() -> None:
-    import suffuse
-
     table = README.split("## What is here")[1].split("##")[0]
     for name in re.findall(r"`(\w*(?:Pipeline|Model|KL|Tiny))`", table):
         assert hasattr(suffuse, name)
