@@ -42,9 +42,9 @@ def unet(in_channels: int = 4, **options) -> diffusers.UNet2DConditionModel:
     ).eval()
 
 
-def controlnet(**options) -> diffusers.ControlNetModel:
-    torch.manual_seed(16)
+def controlnet(seed: int = 16, **options) -> diffusers.ControlNetModel:
     made = diffusers.ControlNetModel.from_unet(unet(**options), conditioning_embedding_out_channels=(8, 16)).eval()
+    torch.manual_seed(seed)
     for name, parameter in made.named_parameters():
         if not parameter.any() and name.startswith("controlnet"):
             torch.nn.init.normal_(parameter, std=0.3)
@@ -165,23 +165,26 @@ def text_encoder_2() -> CLIPTextModelWithProjection:
     return CLIPTextModelWithProjection(config).eval()
 
 
+def xl_options(refiner: bool = False) -> dict:
+    """What the UNet of a Stable Diffusion XL is told."""
+    return {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": WIDTH + 8 * (5 if refiner else 6),
+        "cross_attention_dim": WIDTH * (1 if refiner else 2),
+        "use_linear_projection": True,
+        "transformer_layers_per_block": (1, 2),
+    }
+
+
 def stable_diffusion_xl(folder: Path, refiner: bool = False, channels: int = 4) -> dict:
     """Components of a Stable Diffusion XL pipeline; a refiner has one text encoder, and is told how much people like pictures."""
-    own_unet = unet(
-        channels,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=WIDTH + 8 * (5 if refiner else 6),
-        cross_attention_dim=WIDTH * (1 if refiner else 2),
-        use_linear_projection=True,
-        transformer_layers_per_block=(1, 2),
-    )
     return {
         "vae": vae(),
         "text_encoder": None if refiner else text_encoder(),
         "text_encoder_2": text_encoder_2(),
         "tokenizer": None if refiner else tokenizer(folder),
         "tokenizer_2": tokenizer(folder.with_name("tokenizer_2")),
-        "unet": own_unet,
+        "unet": unet(channels, **xl_options(refiner)),
         "scheduler": scheduler(),
     }

@@ -149,15 +149,14 @@ def concepts(drawings: Drawings, count: int) -> list[Concept]:
     for row, told in enumerate(drawings.told):
         by_name.setdefault(told["name"], {})[told["style"]] = row
     found = []
-    for line in (HERE / "concepts.txt").read_text(encoding="utf-8").splitlines():
-        if line.startswith("#"):
-            continue
+    lines = (HERE / "concepts.txt").read_text(encoding="utf-8").splitlines()
+    for line in [line for line in lines if not line.startswith("#")][:count]:
         name, words = line.split(": ")
         rows = by_name.get(name, {})
         if set(rows) != set(STYLES):
             raise SystemExit(f"concepts.txt: {name!r} is not drawn in all of {STYLES}; take it out of the list")
         found.append(Concept(words.split(", "), [rows[style] for style in STYLES]))
-    return found[:count]
+    return found
 
 
 class Lessons:

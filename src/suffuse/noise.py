@@ -36,7 +36,8 @@ class CounterNoise:
 
     def __init__(self, seed: int, image: int = 0) -> None:
         for name, value in (("seed", seed), ("image", image)):
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < 2**64:
+            whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)  # pyright: ignore[reportUnnecessaryIsInstance]
+            if not whole or not 0 <= value < 2**64:
                 raise InputError(f"{name} must be a whole number", found=value, expected="0 to 2**64 - 1")
         self.seed, self.image = int(seed), int(image)
         self.step, self.drawn = 0, 0

@@ -19,7 +19,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "suffuse.models.model": ("ModelMixin",),
     "suffuse.models.unet_2d_condition": ("UNet2DConditionModel",),
     "suffuse.models.unet_2d": ("UNet2DModel",),
-    "suffuse.models.controlnet": ("ControlNetModel",),
+    "suffuse.models.controlnet": ("ControlNetModel", "MultiControlNetModel"),
     "suffuse.models.t2i_adapter": ("T2IAdapter", "MultiAdapter"),
     "suffuse.models.autoencoder_kl": ("AutoencoderKL",),
     "suffuse.models.autoencoder_asymmetric_kl": ("AsymmetricAutoencoderKL",),
@@ -61,6 +61,8 @@ MODULES: dict[str, tuple[str, ...]] = {
     "suffuse.schedulers.consistency_models": ("CMStochasticIterativeScheduler",),
     "suffuse.schedulers.amused": ("AmusedScheduler",),
     "suffuse.schedulers.vq_diffusion": ("VQDiffusionScheduler",),
+    "suffuse.adapters.lora": ("LoraLoaderMixin", "StableDiffusionXLLoraLoaderMixin"),
+    "suffuse.adapters.textual_inversion": ("TextualInversionLoaderMixin",),
     "suffuse.pipelines.pipeline": ("DiffusionPipeline", "ImagePipelineOutput"),
     "suffuse.pipelines.auto": ("AutoPipelineForText2Image", "AutoPipelineForImage2Image", "AutoPipelineForInpainting"),
     "suffuse.pipelines.stable_diffusion.text_to_image": ("StableDiffusionPipeline",),
@@ -70,6 +72,14 @@ MODULES: dict[str, tuple[str, ...]] = {
     "suffuse.pipelines.stable_diffusion_xl.text_to_image": ("StableDiffusionXLPipeline",),
     "suffuse.pipelines.stable_diffusion_xl.image_to_image": ("StableDiffusionXLImg2ImgPipeline",),
     "suffuse.pipelines.stable_diffusion_xl.inpaint": ("StableDiffusionXLInpaintPipeline",),
+    "suffuse.pipelines.controlnet.text_to_image": ("StableDiffusionControlNetPipeline",),
+    "suffuse.pipelines.controlnet.image_to_image": ("StableDiffusionControlNetImg2ImgPipeline",),
+    "suffuse.pipelines.controlnet.inpaint": ("StableDiffusionControlNetInpaintPipeline",),
+    "suffuse.pipelines.controlnet.text_to_image_xl": ("StableDiffusionXLControlNetPipeline",),
+    "suffuse.pipelines.controlnet.image_to_image_xl": ("StableDiffusionXLControlNetImg2ImgPipeline",),
+    "suffuse.pipelines.controlnet.inpaint_xl": ("StableDiffusionXLControlNetInpaintPipeline",),
+    "suffuse.pipelines.t2i_adapter.text_to_image": ("StableDiffusionAdapterPipeline",),
+    "suffuse.pipelines.t2i_adapter.text_to_image_xl": ("StableDiffusionXLAdapterPipeline",),
 }
 
 PUBLIC: dict[str, str] = {name: module for module, names in MODULES.items() for name in names}

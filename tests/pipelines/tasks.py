@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -24,6 +24,7 @@ class Task:
     channels: int = 4
     asymmetric: bool = False
     refiner: bool = False
+    controlnets: int = 0
     call: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -71,17 +72,45 @@ TASKS = {
     ),
 }
 
+CONTROL = {"control_image": picture(seed=3)}
+PAINTED = IMAGE | {"mask_image": mask(), "height": 64, "width": 64}
+ONE_NET = {
+    "control text": Task("StableDiffusionControlNetPipeline", controlnets=1, call={"image": picture(seed=3)}),
+    "control image": Task("StableDiffusionControlNetImg2ImgPipeline", controlnets=1, call=IMAGE | CONTROL | {"strength": 0.7}),
+    "control inpaint": Task("StableDiffusionControlNetInpaintPipeline", controlnets=1, call=PAINTED | CONTROL),
+    "control xl text": Task("StableDiffusionXLControlNetPipeline", controlnets=1, call={"image": picture(seed=3)}),
+    "control xl image": Task(
+        "StableDiffusionXLControlNetImg2ImgPipeline", controlnets=1, call=IMAGE | CONTROL | {"strength": 0.7}
+    ),
+    "control xl inpaint": Task("StableDiffusionXLControlNetInpaintPipeline", controlnets=1, call=PAINTED | CONTROL),
+    "control inpaint9": Task("StableDiffusionControlNetInpaintPipeline", channels=9, controlnets=1, call=PAINTED | CONTROL),
+}
+TWO_NETS = {
+    name.replace("control", "controls"): replace(
+        task, controlnets=2, call={k: [v, picture(seed=4)] if v == picture(seed=3) else v for k, v in task.call.items()}
+    )
+    for name, task in ONE_NET.items()
+}
+CONTROLLED = ONE_NET | TWO_NETS
+"""The tasks with ControlNets."""
+ALL = TASKS | CONTROLLED
+
 
 @cache
 def folder(name: str) -> Path:
     """A checkpoint of the task, written by the peer."""
-    task, path = TASKS[name], Path(mkdtemp(prefix="suffuse-"))
+    task, path = ALL[name], Path(mkdtemp(prefix="suffuse-"))
+    nets: dict[str, Any] = {}
+    if task.controlnets:
+        options = tiny.xl_options() if "xl" in name else {}
+        several = [tiny.controlnet(16 + number, **options) for number in range(task.controlnets)]
+        nets = {"controlnet": several if len(several) > 1 else several[0]}
     if "xl" in name:
-        parts = tiny.stable_diffusion_xl(path / "tokenizer", task.refiner, task.channels)
-        scored = {} if name == "xl text" else {"requires_aesthetics_score": task.refiner}
+        parts = tiny.stable_diffusion_xl(path / "tokenizer", task.refiner, task.channels) | nets
+        scored = {} if "xl text" in name else {"requires_aesthetics_score": task.refiner}
         task.peer(**parts, **scored, add_watermarker=False).save_pretrained(path / "pipeline")
         return path / "pipeline"
-    parts = tiny.stable_diffusion(path / "tokenizer")
+    parts = tiny.stable_diffusion(path / "tokenizer") | nets
     parts["unet"] = tiny.unet(task.channels)
     if task.asymmetric:
         parts["vae"] = tiny.asymmetric_vae()
@@ -96,7 +125,7 @@ def folder(name: str) -> Path:
 @cache
 def pair(name: str) -> tuple[Any, Any]:
     """(the peer's pipeline, ours), loaded from one folder."""
-    task = TASKS[name]
+    task = ALL[name]
     peer, ours = task.peer.from_pretrained(folder(name)), task.ours.from_pretrained(folder(name))
     for pipe in (peer, ours):
         pipe.set_progress_bar_config(disable=True)
@@ -123,7 +152,7 @@ def set_scheduler(pipes: tuple[Any, Any], name: str, **options: Any) -> None:
 def call(pipe: Any, task: str, **options: Any) -> Any:
     settings = {"prompt": "a cat", "num_inference_steps": 4, "output_type": "pt", "return_dict": False}
     seeded = {"generator": torch.Generator().manual_seed(7)}
-    return pipe(**{**settings, **TASKS[task].call, **seeded, **options})[0]
+    return pipe(**{**settings, **ALL[task].call, **seeded, **options})[0]
 
 
 def difference(one: Any, other: Any) -> float:

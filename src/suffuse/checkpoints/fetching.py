@@ -6,7 +6,16 @@ from collections.abc import Collection, Mapping
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-from suffuse.checkpoints.layout import DIFFUSERS, TRANSFORMERS, Naming, choose_weights, nothing_there, shards_in, variants_among
+from suffuse.checkpoints.layout import (
+    DIFFUSERS,
+    TRANSFORMERS,
+    Naming,
+    choose_weights,
+    nothing_there,
+    numbered_folders,
+    shards_in,
+    variants_among,
+)
 from suffuse.hub.sources import Source
 
 SETTINGS = (".json", ".txt", ".model")
@@ -72,7 +81,10 @@ def fetch_settings(source: Source, components: Mapping[str, Wanted | None], *mor
 def namings_by_files(source: Source, index: Mapping[str, Any], without: Collection[str]) -> dict[str, Naming | None]:
     """The components that a model_index.json names, with how their weights are called, as told from the names of the files."""
     entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and entry != [None, None]}
-    names = {name: source.names(name) for name in entries if not name.startswith("_") and name not in without}
+    wanted = {name: str(entry[-1]) for name, entry in entries.items() if not name.startswith("_") and name not in without}
+    names = {
+        folder: source.names(folder) for name, kind in wanted.items() for folder in numbered_folders(name, kind, source.names)
+    }
     return {
         name: next((n for n in (DIFFUSERS, TRANSFORMERS) if choose_weights(files, n) or variants_among(files, n)), None)
         for name, files in names.items()

@@ -11,9 +11,10 @@ and each of these as pickle, `.bin`. The models of transformers are called `mode
 
 from __future__ import annotations
 
+import itertools
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from suffuse.errors import AmbiguousCheckpointError, ConfigError, InputError, Mi
 from suffuse.files import check_inside, names_in, read_json
 
 SAFETENSORS, PICKLE = ".safetensors", ".bin"
+NUMBERED = ("MultiControlNetModel", "MultiAdapter")
+"""Classes of components that are several models, in several folders of a pipeline."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,18 @@ class Naming:
 
 DIFFUSERS = Naming("diffusion_pytorch_model", "diffusion_pytorch_model")
 TRANSFORMERS = Naming("model", "pytorch_model")
+
+
+def numbered(name: str, index: int) -> str:
+    """The folder of one of several models: controlnet, controlnet_1, controlnet_2."""
+    return f"{name}_{index}" if index else name
+
+
+def numbered_folders(name: str, kind: str, there: Callable[[str], Any]) -> list[str]:
+    """The folders of a component of this class: its own, and of several models those after it that are there."""
+    if kind not in NUMBERED:
+        return [name]
+    return list(itertools.takewhile(there, (numbered(name, index) for index in itertools.count())))
 
 
 @dataclass(frozen=True)

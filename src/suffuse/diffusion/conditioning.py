@@ -18,6 +18,14 @@ def per_branch(value: Tensor, branches: Sequence[str]) -> Tensor:
     return torch.cat([value] * len(branches)) if len(branches) > 1 else value
 
 
+def rows(joined: Tensor, layout: tuple[str, ...], branches: tuple[str, ...]) -> Tensor:
+    """Of a tensor that is joined along the batch in `layout` order, the rows of `branches`, in theirs."""
+    if branches == layout:
+        return joined
+    parts = dict(zip(layout, joined.chunk(len(layout)), strict=True))
+    return torch.cat([parts[branch] for branch in branches])
+
+
 @dataclass
 class Conditioning:
     """Tensors that belong to the run: those that differ per branch are joined along the batch in `layout` order.
@@ -42,10 +50,7 @@ class Conditioning:
     def select(self, name: str, branches: tuple[str, ...]) -> Tensor:
         """The rows of `name` that belong to `branches`, in their order."""
         joined = self.tensors[name]
-        if branches == self.layout or len(joined) == self.batch * len(branches):
-            return joined
-        parts = dict(zip(self.layout, joined.chunk(len(self.layout)), strict=True))
-        return torch.cat([parts[branch] for branch in branches])
+        return joined if len(joined) == self.batch * len(branches) else rows(joined, self.layout, branches)
 
 
 @dataclass(slots=True)

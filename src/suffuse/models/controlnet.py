@@ -7,16 +7,18 @@ through convolutions that start at zero (section 3.1).
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from suffuse.configuration import register_to_config
 from suffuse.errors import ConfigError, InputError
+from suffuse.models.side_by_side import SideBySide
 from suffuse.models.single_file import SingleFileModelMixin
 from suffuse.models.sizes import require_positive
 from suffuse.models.unet_2d_condition import UNet2DConditionModel
@@ -28,6 +30,9 @@ COPIED = (
     *("down_blocks", "mid_block"),
 )
 """The parts that a ControlNet starts with from a UNet."""
+
+Residuals: TypeAlias = "tuple[Sequence[Tensor], Tensor]"
+"""What is added to the skip connections of a UNet, and to its middle."""
 
 
 @dataclass
@@ -286,6 +291,83 @@ class ControlNetModel(SingleFileModelMixin, UNet2DEncoder):
                 expected=(len(sample), *wanted),
             )
         return self.controlnet_cond_embedding(picture)
+
+
+class MultiControlNetModel(SideBySide):
+    """Several ControlNets, of which each sees a picture of its own; what they add is added up.
+
+    Args:
+        controlnets: At least one, all for the same UNet.
+
+    Raises:
+        ConfigError: It is empty, or holds what is no ControlNet.
+    """
+
+    of = ControlNetModel
+
+    def __init__(self, controlnets: Sequence[ControlNetModel]) -> None:
+        super().__init__()
+        strangers = [type(net).__name__ for net in controlnets if not isinstance(net, nn.Module)]  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not controlnets or strangers:
+            raise ConfigError(
+                "MultiControlNetModel needs ControlNets", found=strangers or "an empty list", expected="a list of ControlNetModel"
+            )
+        self.nets = nn.ModuleList(controlnets)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float | int,
+        encoder_hidden_states: Tensor,
+        controlnet_cond: Sequence[Tensor],
+        conditioning_scale: Sequence[float],
+        class_labels: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        added_cond_kwargs: dict[str, Any] | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        guess_mode: bool = False,
+        return_dict: bool = True,
+    ) -> ControlNetOutput | tuple[tuple[Tensor, ...], Tensor]:
+        """What all of them add to a UNet for the same sample, timestep and context.
+
+        Args:
+            sample: As of `ControlNetModel`, like all that follow but two.
+            timestep: One for all, or (batch,).
+            encoder_hidden_states: Context tokens.
+            controlnet_cond: A control picture for each net.
+            conditioning_scale: A number for each net.
+            class_labels: (batch,), or embeddings.
+            timestep_cond: Added to the time embedding's input.
+            attention_mask: (batch, height * width at one resolution).
+            added_cond_kwargs: By name.
+            cross_attention_kwargs: For the processors.
+            guess_mode: Let the deep layers say more than the shallow ones.
+            return_dict: Return an output object instead of a tuple.
+
+        Raises:
+            InputError: Pictures or scales are not one for each net, or a net cannot take what it is given.
+        """
+        for name, values in (("controlnet_cond", controlnet_cond), ("conditioning_scale", conditioning_scale)):
+            if len(values) != len(self.nets):
+                raise InputError(f"{name}: {len(values)} given for {len(self.nets)} ControlNets", expected="one for each")
+        shared = class_labels, timestep_cond, attention_mask, added_cond_kwargs, cross_attention_kwargs, guess_mode
+        said: list[Residuals] = [
+            net(sample, timestep, encoder_hidden_states, picture, scale, *shared, return_dict=False)
+            for net, picture, scale in zip(self.nets, controlnet_cond, conditioning_scale, strict=True)
+        ]
+        down, middle = functools.reduce(added, said)
+        return ControlNetOutput(tuple(down), middle) if return_dict else (tuple(down), middle)
+
+    @property
+    def parts(self) -> list[Any]:
+        """The ControlNets."""
+        return list(self.nets)
+
+
+def added(one: Residuals, other: Residuals) -> Residuals:
+    """The sums of what two ControlNets add."""
+    return [a + b for a, b in zip(one[0], other[0], strict=True)], one[1] + other[1]
 
 
 def zeroed(module: nn.Module) -> nn.Module:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from suffuse.configuration import register_to_config
 from suffuse.errors import ConfigError, InputError
 from suffuse.models.model import ModelMixin
+from suffuse.models.side_by_side import SideBySide
 from suffuse.models.sizes import require_positive
 
 AdapterType = Literal["full_adapter", "full_adapter_xl", "light_adapter"]
@@ -139,7 +140,7 @@ class T2IAdapter(ModelMixin):
         return self.adapter.unshuffle.downscale_factor
 
 
-class MultiAdapter(ModelMixin):
+class MultiAdapter(SideBySide):
     """Several T2I-Adapters, of which each sees a picture of its own; their features are added up, each with its weight.
 
     Args:
@@ -148,6 +149,8 @@ class MultiAdapter(ModelMixin):
     Raises:
         ConfigError: There are fewer, or they shrink pictures differently.
     """
+
+    of = T2IAdapter
 
     def __init__(self, adapters: Sequence[T2IAdapter]) -> None:
         super().__init__()
@@ -159,6 +162,11 @@ class MultiAdapter(ModelMixin):
         self.num_adapter = len(adapters)
         self.adapters = nn.ModuleList(adapters)
         self.total_downscale_factor, self.downscale_factor = factors[0]
+
+    @property
+    def parts(self) -> list[Any]:
+        """The adapters."""
+        return list(self.adapters)
 
     def forward(self, xs: Sequence[Tensor], adapter_weights: Sequence[float] | None = None) -> list[Tensor]:
         """The weighted sums of features, one map for each block.

@@ -178,6 +178,19 @@ def tensor(*, dimensions: int, kind: str = "floating point") -> Check:
     return check
 
 
+def each(check: Check) -> Check:
+    """What `check` allows, or a list of it."""
+
+    def check_each(name: str, value: Any) -> None:
+        items = enumerate(cast(list[Any], value)) if isinstance(value, list) else ()
+        for index, item in items:
+            check(f"{name}[{index}]", item)
+        if not isinstance(value, list):
+            check(name, value)
+
+    return check_each
+
+
 def callback(name: str, value: Any) -> None:
     """None, or something that can be called."""
     if value is not None and not callable(value):
@@ -213,7 +226,25 @@ ARGUMENTS: dict[str, Argument] = {
     "negative_prompt_2": Argument("What the second text encoder reads as negative prompt; `negative_prompt`, if None.", texts),
     "pooled_prompt_embeds": Argument("(batch, width): the prompts' one vector each, with `prompt_embeds`.", tensor(dimensions=2)),
     "negative_pooled_prompt_embeds": Argument("(batch, width): the same of `negative_prompt_embeds`.", tensor(dimensions=2)),
-    "image": Argument("The picture to start from: PIL, array in [0, 1] or uint8, tensor in [0, 1], or a list of one kind."),
+    "image": Argument(
+        "The picture to start from; or, with a ControlNet and nothing to start from, what `control_image` is elsewhere: PIL, "
+        "array in [0, 1] or uint8, tensor in [0, 1], or a list of one kind."
+    ),
+    "control_image": Argument(
+        "What the ControlNet sees, one for all prompts or one for each; for several nets a list with an entry for each net, or "
+        "for each prompt a list of such entries."
+    ),
+    "controlnet_conditioning_scale": Argument(
+        "Multiplies what the ControlNet adds; for several nets a number, or one for each.", each(number())
+    ),
+    "guess_mode": Argument(
+        "Let the ControlNet find out what the control picture shows: it acts on the conditional branch only.",
+        is_a(bool, spelled="True or False"),
+    ),
+    "control_guidance_start": Argument(
+        "The part of the way after which the ControlNet begins to act, in [0, 1]; or one for each net.", each(number(0, 1))
+    ),
+    "control_guidance_end": Argument("The part of the way after which it no longer acts, likewise.", each(number(0, 1))),
     "mask_image": Argument("Where to paint: white is painted anew, black is kept. Of the aspect of `image`."),
     "masked_image_latents": Argument(
         "(batch, 4, height / 8, width / 8): latents of the masked picture, if they were made before.", tensor(dimensions=4)
@@ -221,6 +252,10 @@ ARGUMENTS: dict[str, Argument] = {
     "depth_map": Argument(
         "(batch, height, width): depth, in any range; estimated from `image` if None.", tensor(dimensions=3, kind="real")
     ),
+    "adapter_conditioning_scale": Argument(
+        "Multiplies the features of the T2I-Adapter; for several a number, or one for each.", each(number())
+    ),
+    "adapter_conditioning_factor": Argument("The part of the steps, from the first, in which they are added.", number(0, 1)),
     "height": Argument("Rows of the picture, a multiple of 8; what the model was trained on, if None.", size),
     "width": Argument("Columns of the picture, likewise.", size),
     "padding_mask_crop": Argument(

@@ -33,6 +33,20 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "Stable Diffusion XL", "StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"
     ),
+    Family(
+        "Stable Diffusion",
+        "StableDiffusionControlNetPipeline",
+        "StableDiffusionControlNetImg2ImgPipeline",
+        "StableDiffusionControlNetInpaintPipeline",
+        controlnet=True,
+    ),
+    Family(
+        "Stable Diffusion XL",
+        "StableDiffusionXLControlNetPipeline",
+        "StableDiffusionXLControlNetImg2ImgPipeline",
+        "StableDiffusionXLControlNetInpaintPipeline",
+        controlnet=True,
+    ),
 )
 """Every family of which a task can be asked; those that take a ControlNet stand in a row of their own, under the same name."""
 

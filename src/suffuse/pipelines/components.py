@@ -9,11 +9,12 @@ from __future__ import annotations
 import importlib
 import operator
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from suffuse.checkpoints.foreign_code import foreign_sources, write_sources
-from suffuse.checkpoints.layout import DIFFUSERS, PICKLE, Naming
+from suffuse.checkpoints.layout import DIFFUSERS, NUMBERED, PICKLE, Naming, numbered
 from suffuse.checkpoints.layout import TRANSFORMERS as TRANSFORMERS_FILES
 from suffuse.checkpoints.saving import write_weights
 from suffuse.checkpoints.transformers_models import load_processor, load_transformers_model
@@ -51,6 +52,9 @@ PIPELINE_MODULES: dict[tuple[str, str], str] = {
 }
 """[library, class] of models that belong to one pipeline family → module."""
 
+FORMER: dict[tuple[str, str], tuple[str, str]] = {("controlnet", "MultiControlNetModel"): ("diffusers", "MultiControlNetModel")}
+"""[library, class] as older releases wrote them → as they are written now."""
+
 NEEDED: dict[str, tuple[str, ...]] = {
     "scheduler": ("fork", "follow", "set_timesteps"),
     "unet": ("config.in_channels", "time_proj", "forward"),
@@ -62,6 +66,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "feature_extractor": ("model_input_names", "__call__"),
     "safety_checker": ("forward",),
     "depth_estimator": ("forward",),
+    "controlnet": ("dtype", "forward"),
 }
 """Component → what pipelines ask of it, whatever its class."""
 
@@ -74,7 +79,8 @@ def component_class(name: str, entry: Any) -> type[Any]:
     """
     if not (isinstance(entry, (list, tuple)) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
         raise ConfigError(f"model_index.json: component {name!r} is malformed", found=entry, expected='["library", "class"]')
-    library, class_name = entry
+    named: tuple[Any, Any] = (entry[0], entry[1])
+    library, class_name = FORMER.get(named, named)
     if library == "diffusers" and class_name in DIFFUSERS_CLASSES:
         return resolve(class_name)
     if library == "transformers" and class_name in TRANSFORMERS:
@@ -91,7 +97,7 @@ def component_class(name: str, entry: Any) -> type[Any]:
 
 def is_tabled(library: str) -> bool:
     """Whether the classes of a library are looked up here, whatever files lie beside the weights."""
-    return library in ("diffusers", "transformers", *(known for known, _ in PIPELINE_MODULES))
+    return library in ("diffusers", "transformers", *(known for known, _ in (*PIPELINE_MODULES, *FORMER)))
 
 
 def check_component(name: str, value: Any) -> None:
@@ -136,6 +142,21 @@ def weights_naming(kind: type[Any]) -> Naming | None:
     if not issubclass(kind, torch.nn.Module):
         return None
     return DIFFUSERS if issubclass(kind, ConfigMixin) else TRANSFORMERS_FILES
+
+
+def by_folder(components: Mapping[str, Any]) -> dict[str, Any]:
+    """Components by the folder in which they are saved; of one that is several models, each."""
+    parts: dict[str, Any] = {}
+    for name, value in components.items():
+        models = enumerate(value.parts) if type(value).__name__ in NUMBERED else [(0, value)]
+        parts |= {numbered(name, index): model for index, model in models}
+    return parts
+
+
+def is_left_over(folder: str, components: Mapping[str, Any]) -> bool:
+    """Whether a folder would be read as one model more of a component that is several."""
+    name, _, number = folder.rpartition("_")
+    return number.isdecimal() and type(components.get(name)).__name__ in NUMBERED
 
 
 def load_component(kind: type[Any], folder: Path, **options: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from suffuse.checkpoints.fetching import Wanted, fetch_components
 from suffuse.checkpoints.foreign_code import Trust, load_foreign_class, module_on_path
 from suffuse.checkpoints.inventory import take_inventory
-from suffuse.checkpoints.layout import DIFFUSERS, Naming, component_variants
+from suffuse.checkpoints.layout import DIFFUSERS, Naming, component_variants, numbered_folders
 from suffuse.configuration import FORMAT_VERSION
 from suffuse.errors import ConfigError, InputError, MissingFileError, nearest, unknown_argument
 from suffuse.files import read_json
@@ -92,6 +92,15 @@ def component_classes(
         UntrustedCodeError: A component's class is defined by code that the caller has not said may run.
     """
     return {name: _planned(pipeline, source, name, index, trust) for name in pipeline.component_names() if name not in given}
+
+
+def folder_namings(source: Source, classes: Mapping[str, type[Any]]) -> dict[str, Naming | None]:
+    """The folders of components, of which some lie in several, with how their weights are called."""
+    return {
+        folder: weights_naming(kind)
+        for name, kind in classes.items()
+        for folder in numbered_folders(name, kind.__name__, source.names)
+    }
 
 
 def fetch_pipeline(
@@ -252,8 +261,9 @@ def check_keywords(
 
 
 def check_entries(pipeline: type[DiffusionPipeline], source: Source, index: Mapping[str, Any], strict: bool) -> None:
-    """Warn about entries of model_index.json that the pipeline has no use for, or raise with `strict`."""
-    extra = [name for name in index if not name.startswith("_") and name not in pipeline.parameters_of_init()]
+    """Warn about entries of model_index.json that the pipeline has no use for, or raise with `strict`; empty ones say nothing."""
+    told = [name for name, entry in index.items() if not name.startswith("_") and entry != [None, None]]
+    extra = [name for name in told if name not in pipeline.parameters_of_init()]
     if extra and strict:
         raise ConfigError(
             f"{source.folder / INDEX}: {pipeline.__name__} has no {', '.join(extra)}", expected=pipeline.component_names()

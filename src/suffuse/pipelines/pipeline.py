@@ -38,7 +38,7 @@ from suffuse.hub.publishing import PushToHubMixin, publish
 from suffuse.hub.sources import opened
 from suffuse.memory.placement import Device, Memory
 from suffuse.outputs import BaseOutput
-from suffuse.pipelines.components import check_component, component_entry, save_component, weights_naming
+from suffuse.pipelines.components import by_folder, check_component, component_entry, is_left_over, save_component, weights_naming
 from suffuse.pipelines.loading import (
     CustomPipeline,
     check_entries,
@@ -46,6 +46,7 @@ from suffuse.pipelines.loading import (
     component_classes,
     connected_components,
     fetch_pipeline,
+    folder_namings,
     load_components,
     pipeline_class,
     place_models,
@@ -78,6 +79,7 @@ class Run:
         clip_skip: As it was passed.
         cross_attention_kwargs: As they were passed.
         num_timesteps: Model evaluations on the way.
+        num_inference_steps: Steps of the solver on the way.
         interrupt: Set by a callback to end before the next step.
         writer: Writes each step to a file, if the call asks for that.
     """
@@ -88,6 +90,7 @@ class Run:
     clip_skip: int | None = None
     cross_attention_kwargs: dict[str, Any] | None = None
     num_timesteps: int = 0
+    num_inference_steps: int = 0
     interrupt: bool = False
     writer: RunWriter | None = None
 
@@ -288,7 +291,7 @@ class DiffusionPipeline(FromSingleFileMixin, PlacedModels, ConfigMixin, PushToHu
             check_entries(target, source, index, strict)
             planned = component_classes(target, source, index, components, trust)
             classes = {name: kind for name, kind in planned.items() if kind is not None}
-            namings = {name: weights_naming(kind) for name, kind in classes.items()}
+            namings = folder_namings(source, classes)
             variants = fetch_pipeline(source, namings, variant, use_safetensors, use_onnx)
         places = place_models(
             source.folder, [n for n, naming in namings.items() if naming], variant, dtypes, device_map, max_memory
@@ -366,18 +369,18 @@ class DiffusionPipeline(FromSingleFileMixin, PlacedModels, ConfigMixin, PushToHu
             SaveError: It could not be written; what was there is untouched.
             HubError: It was written, but the hub did not take it.
         """
-        components = self.components
+        parts = by_folder(self.components)
 
         def keep(path: PurePosixPath) -> bool:
-            if path.parts[0] not in components:
-                return True
-            naming = weights_naming(type(components[path.parts[0]]))
+            if path.parts[0] not in parts:
+                return not is_left_over(path.parts[0], self.components)
+            naming = weights_naming(type(parts[path.parts[0]]))
             return naming is not None and not superseded(naming, variant).fullmatch(path.name)
 
         check_variant(variant)
         size = sum(tensor.nbytes for model in self._modules_by_name.values() for tensor in model.parameters())
         with staged_folder(save_directory, keep, size) as folder:
-            for name, value in components.items():
+            for name, value in parts.items():
                 if value is not None:
                     save_component(value, folder / name, safe_serialization, variant)
             self.save_config(folder)
@@ -480,7 +483,7 @@ class DiffusionPipeline(FromSingleFileMixin, PlacedModels, ConfigMixin, PushToHu
         scheduler, arguments = run.scheduler, run.arguments
         options = step_options(scheduler, eta=arguments["eta"], generator=arguments["generator"])
         advance = GuidedStep(Denoiser(model, scheduler, conditioning, conditioners), run.guidance, scheduler, options)
-        run.num_timesteps, begin = len(timesteps), 0
+        run.num_timesteps, run.num_inference_steps, begin = len(timesteps), num_inference_steps, 0
         if arguments["resume"] is not None:
             latents, begin = arguments["resume"].restore(scheduler, latents, timesteps, arguments["generator"])
         saved = [SaveSteps(run.writer, scheduler)] if run.writer is not None else []

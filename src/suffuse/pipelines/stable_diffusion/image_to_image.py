@@ -11,11 +11,11 @@ from torch import Tensor
 from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
 from suffuse.pipelines.saved_run import SavedRun
-from suffuse.pipelines.stable_diffusion.base import StableDiffusionBase
+from suffuse.pipelines.stable_diffusion.drawing import Drawing
 from suffuse.processing.image import ImageInput
 
 
-class StableDiffusionImg2ImgPipeline(StableDiffusionBase):
+class StableDiffusionImg2ImgPipeline(Drawing):
     """Pictures from a picture and prompts."""
 
     @recipe
@@ -55,15 +55,5 @@ class StableDiffusionImg2ImgPipeline(StableDiffusionBase):
             InputError, LimitError: An argument is not what it may be; no generator was used.
             NonFiniteError: The numbers overflowed; says where, and what to do.
         """
-        run = self._run
-        run.guidance = self.guidance_for(guidance_scale)
-        pictures = self.image_processor.preprocess(image)
-        if strength == 0:
-            return self.unchanged(pictures)
-        way, steps = self.way()
-        conditioning = self.encode()
-        conditioners = self.conditioners(conditioning)
-        dtype = conditioning.tensors["prompt_embeds"].dtype
-        latents = self.noised(pictures, way[:1], conditioning.batch, dtype)
-        latents = self.denoise(self.unet, conditioning, latents, way, steps, conditioners)
-        return self.finish(latents, dtype)
+        self._run.guidance = self.guidance_for(guidance_scale)
+        return self.redraw(self.image_processor.preprocess(image))

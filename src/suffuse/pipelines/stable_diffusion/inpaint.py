@@ -68,6 +68,5 @@ class StableDiffusionInpaintPipeline(Painting):
             InputError, LimitError: An argument is not what it may be; no generator was used.
             NonFiniteError: The numbers overflowed; says where, and what to do.
         """
-        run = self._run
-        run.guidance = self.guidance_for(guidance_scale)
-        return self.paint(*self.default_size(height, width))
+        self._run.guidance = self.guidance_for(guidance_scale)
+        return self.paint(self.frame(*self.default_size(height, width)))

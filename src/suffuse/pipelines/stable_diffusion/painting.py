@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -10,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from suffuse.diffusion.conditioning import Channels
+from suffuse.diffusion.conditioning import Channels, Conditioner
 from suffuse.diffusion.hooks import KeepUnmasked
 from suffuse.diffusion.latents import repeats
 from suffuse.diffusion.loop import Hook
@@ -38,29 +39,29 @@ class Painting(StableDiffusionBase):
             vae_scale_factor=self.vae_scale_factor, do_normalize=False, do_binarize=True, do_convert_grayscale=True
         )
 
-    def paint(self, height: int, width: int) -> Any:
+    def frame(self, height: int, width: int) -> dict[str, Any]:
+        """What is painted, in the words of the picture processors: a picture of this size, or a crop of it at this size."""
+        image, mask_image = self._run.arguments["image"], self._run.arguments["mask_image"]
+        check_aspects(image, mask_image)
+        crop = self.crop_region(image, mask_image, self._run.arguments["padding_mask_crop"], height, width)
+        return {"height": height, "width": width, "crops_coords": crop, "resize_mode": "fill" if crop else "default"}
+
+    def paint(self, frame: dict[str, Any], further: Sequence[Conditioner] = ()) -> Any:
         """The recipe of every pipeline for inpainting, once the guidance of the run is set.
 
         Args:
-            height: Rows of the picture that is painted.
-            width: Columns.
+            frame: What is painted.
+            further: What the UNet sees besides what it always does.
 
         Returns:
             The result of the call.
         """
         run = self._run
-        image, mask_image, masked_image_latents, latents, strength = (
-            run.arguments[name] for name in ("image", "mask_image", "masked_image_latents", "latents", "strength")
+        image, mask_image, latents, strength = (run.arguments[name] for name in ("image", "mask_image", "latents", "strength"))
+        masked_image_latents, resumed = (
+            run.arguments.get("masked_image_latents"),
+            run.arguments.get("denoising_start") is not None,
         )
-        resumed = run.arguments.get("denoising_start") is not None
-        check_aspects(image, mask_image)
-        crop = self.crop_region(image, mask_image, run.arguments["padding_mask_crop"], height, width)
-        frame: dict[str, Any] = {
-            "height": height,
-            "width": width,
-            "crops_coords": crop,
-            "resize_mode": "fill" if crop else "default",
-        }
         pictures = self.image_processor.preprocess(image, **frame).float()
         painted = self.mask_processor.preprocess(mask_image, name="mask_image", **frame)
         if strength == 0 and not resumed:
@@ -68,13 +69,13 @@ class Painting(StableDiffusionBase):
         way, steps = self.way()
         conditioning = self.encode()
         batch, dtype = conditioning.batch, conditioning.tensors["prompt_embeds"].dtype
-        shape = self.latent_shape(batch, height, width)
+        shape = self.latent_shape(batch, frame["height"], frame["width"])
         self.check_noise(shape)
         for name, given in (("image", pictures), ("mask_image", painted), ("masked_image_latents", masked_image_latents)):
             if given is not None:
                 repeats(batch, given, name)
         self.check_latents(pictures, masked_image_latents, shape)
-        conditioners, hooks = self.conditioners(conditioning), list[Hook]()
+        conditioners, hooks = [*self.conditioners(conditioning), *further], list[Hook]()
 
         # The generator is spent on the picture, the noise, the masked picture: in this order.
         from_picture = resumed or (strength < 1 and latents is None)
@@ -91,7 +92,7 @@ class Painting(StableDiffusionBase):
             conditioners.append(Channels(["mask", "masked_image_latents"]))
         painting = self.denoise(self.unet, conditioning, noisy, way, steps, conditioners, hooks)
         images, flagged = self.pictures(painting, dtype, **self.decoder_conditions(pictures, painted, batch, dtype))
-        return self.output(self.laid_back(images, crop), flagged)
+        return self.output(self.laid_back(images, frame["crops_coords"]), flagged)
 
     @property
     def plain(self) -> bool:

@@ -11,11 +11,11 @@ from torch import Tensor
 from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
 from suffuse.pipelines.saved_run import SavedRun
-from suffuse.pipelines.stable_diffusion.base import StableDiffusionBase
+from suffuse.pipelines.stable_diffusion.drawing import Drawing
 from suffuse.processing.image import ImageInput
 
 
-class StableDiffusionPipeline(StableDiffusionBase):
+class StableDiffusionPipeline(Drawing):
     """Pictures from prompts."""
 
     @recipe
@@ -57,14 +57,5 @@ class StableDiffusionPipeline(StableDiffusionBase):
             InputError, LimitError: An argument is not what it may be; nothing was computed.
             NonFiniteError: The numbers overflowed; says where, and what to do.
         """
-        height, width = self.default_size(height, width)
-        run = self._run
-        run.guidance = self.guidance_for(guidance_scale, guidance_rescale)
-        steps = run.set_timesteps(self._execution_device)
-        conditioning = self.encode()
-        conditioners = self.conditioners(conditioning)
-        dtype = conditioning.tensors["prompt_embeds"].dtype
-        noise = self.make_noise(self.latent_shape(conditioning.batch, height, width), dtype)
-        noisy = noise * run.scheduler.init_noise_sigma
-        latents = self.denoise(self.unet, conditioning, noisy, run.scheduler.timesteps, steps, conditioners)
-        return self.finish(latents, dtype)
+        self._run.guidance = self.guidance_for(guidance_scale, guidance_rescale)
+        return self.draw(*self.default_size(height, width))

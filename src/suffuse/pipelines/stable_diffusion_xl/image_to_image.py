@@ -9,13 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from suffuse.noise import Generators, Seeds
-from suffuse.pipelines.arguments import check_shape, recipe
+from suffuse.pipelines.arguments import recipe
 from suffuse.pipelines.saved_run import SavedRun
+from suffuse.pipelines.stable_diffusion.drawing import Drawing
 from suffuse.pipelines.stable_diffusion_xl.base import StableDiffusionXLBase
 from suffuse.processing.image import ImageInput
 
 
-class StableDiffusionXLImg2ImgPipeline(StableDiffusionXLBase):
+class StableDiffusionXLImg2ImgPipeline(StableDiffusionXLBase, Drawing):  # pyright: ignore[reportIncompatibleMethodOverride]
     """Pictures from a picture and prompts."""
 
     _callback_tensor_inputs = [
@@ -77,20 +78,4 @@ class StableDiffusionXLImg2ImgPipeline(StableDiffusionXLBase):
             NonFiniteError: The numbers overflowed; says where, and what to do.
         """
         self._run.guidance = self.guidance_for(guidance_scale, guidance_rescale)
-        pictures = self.image_processor.preprocess(image)
-        if strength == 0 and denoising_start is None:
-            return self.unchanged(pictures)
-        way, steps = self.way()
-        conditioning = self.encode()
-        conditioners = self.conditioners(conditioning)
-        batch, dtype = conditioning.batch, conditioning.tensors["prompt_embeds"].dtype
-        if latents is not None:
-            factor = 1 if pictures.shape[1] == self.latent_channels else self.vae_scale_factor
-            rows, columns = (size // factor for size in pictures.shape[-2:])
-            check_shape("latents", latents, (batch, self.latent_channels, rows, columns))
-            begun = latents.to(self._execution_device, dtype)
-        elif denoising_start is not None:
-            begun = self.clean(pictures, batch, dtype)
-        else:
-            begun = self.noised(pictures, way[:1], batch, dtype)
-        return self.finish(self.denoise(self.unet, conditioning, begun, way, steps, conditioners), dtype)
+        return self.redraw(self.image_processor.preprocess(image))

@@ -83,4 +83,4 @@ class StableDiffusionXLInpaintPipeline(StableDiffusionXLBase, Painting):  # pyri
             NonFiniteError: The numbers overflowed; says where, and what to do.
         """
         self._run.guidance = self.guidance_for(guidance_scale, guidance_rescale)
-        return self.paint(*self.default_size(height, width))
+        return self.paint(self.frame(*self.default_size(height, width)))

@@ -11,6 +11,7 @@ from torch import Tensor
 from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
 from suffuse.pipelines.saved_run import SavedRun
+from suffuse.pipelines.stable_diffusion.drawing import Drawing
 from suffuse.pipelines.stable_diffusion_xl.base import StableDiffusionXLBase
 from suffuse.processing.image import ImageInput
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from suffuse.schedulers.scheduler import SchedulerMixin
 
 
-class StableDiffusionXLPipeline(StableDiffusionXLBase):
+class StableDiffusionXLPipeline(StableDiffusionXLBase, Drawing):  # pyright: ignore[reportIncompatibleMethodOverride]
     """Pictures from prompts."""
 
     _callback_tensor_inputs = [
@@ -105,13 +106,5 @@ class StableDiffusionXLPipeline(StableDiffusionXLBase):
             InputError, LimitError: An argument is not what it may be; no generator was used.
             NonFiniteError: The numbers overflowed; says where, and what to do.
         """
-        height, width = self.default_size(height, width)
-        run = self._run
-        run.guidance = self.guidance_for(guidance_scale, guidance_rescale)
-        way, steps = self.way()
-        conditioning = self.encode()
-        conditioners = self.conditioners(conditioning)
-        dtype = conditioning.tensors["prompt_embeds"].dtype
-        noise = self.make_noise(self.latent_shape(conditioning.batch, height, width), dtype)
-        latents = self.denoise(self.unet, conditioning, noise * run.scheduler.init_noise_sigma, way, steps, conditioners)
-        return self.finish(latents, dtype)
+        self._run.guidance = self.guidance_for(guidance_scale, guidance_rescale)
+        return self.draw(*self.default_size(height, width))

@@ -161,6 +161,18 @@ def test_a_pipeline_is_saved_with_its_adapter(tmp_path):
     assert difference(call(ours), wanted) == 0
 
 
+def test_a_pipeline_is_saved_with_two_adapters(tmp_path):
+    pipe = pair("text", "full", "full")[1]
+    set_scheduler(pair("text", "full", "full"), "DDIMScheduler")
+    pipe.save_pretrained(tmp_path / "saved")
+    assert {"adapter", "adapter_1"} <= {path.name for path in (tmp_path / "saved").iterdir()}
+    ours = suffuse.DiffusionPipeline.from_pretrained(tmp_path / "saved")
+    images = {"image": [picture(seed=1), picture(seed=2)]}
+    assert difference(call(ours, **images), call(pipe, **images)) == 0
+    peers = diffusers.MultiAdapter.from_pretrained(str(tmp_path / "saved" / "adapter"))
+    assert all(torch.equal(value, pipe.adapter.state_dict()[name]) for name, value in peers.state_dict().items())
+
+
 def test_a_run_goes_on(tmp_path):
     pipe = pair("xl text", "xl")[1]
     set_scheduler(pair("xl text", "xl"), "DDIMScheduler")

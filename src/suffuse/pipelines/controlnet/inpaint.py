@@ -1,0 +1,104 @@
+"""Inpainting with Stable Diffusion under control of another picture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from suffuse.errors import InputError
+from suffuse.noise import Generators, Seeds
+from suffuse.pipelines.arguments import check_pixels, recipe
+from suffuse.pipelines.controlnet.controlled import Controlled
+from suffuse.pipelines.saved_run import SavedRun
+from suffuse.pipelines.stable_diffusion.painting import Painting
+from suffuse.processing.image import ImageInput
+from suffuse.processing.pixels import edges
+
+
+class ControlledPainting(Controlled, Painting):
+    """The verbs of inpainting under control."""
+
+    def paint_controlled(self, height: int | None, width: int | None) -> Any:
+        """The recipe of inpainting under control, once the guidance of the run is set.
+
+        Args:
+            height: Rows of the picture; its own, cut to whole latents, if None.
+            width: Columns, likewise.
+
+        Returns:
+            The result of the call.
+        """
+        own, factor = edges(self._run.arguments["image"], "image"), self.vae_scale_factor
+        rows, columns = height or own[0] - own[0] % factor, width or own[1] - own[1] % factor
+        check_pixels(rows, columns)
+        frame = self.frame(rows, columns)
+        crop = frame["crops_coords"]
+        if crop is not None:
+            height, width = rows, columns
+            self.check_crops(own)
+        return self.paint(frame, self.controls("control_image", height, width, (rows, columns), crop, frame["resize_mode"]))
+
+    def check_crops(self, own: tuple[int, int]) -> None:
+        """Raise `InputError` unless the control pictures, of which the same is cropped, have the size of the picture."""
+        sizes = {edges(image, "control_image") for image in self.images_of_nets("control_image")}
+        if sizes != {own}:
+            raise InputError(
+                "padding_mask_crop needs a control_image of the size of image",
+                found=f"(height, width) of {', '.join(map(str, sizes))} and {own}",
+            )
+
+
+class StableDiffusionControlNetInpaintPipeline(ControlledPainting):
+    """Pictures painted anew where a mask is white, under control of further pictures."""
+
+    @recipe
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        image: ImageInput | None = None,
+        mask_image: ImageInput | None = None,
+        control_image: ImageInput | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        padding_mask_crop: int | None = None,
+        strength: float = 1.0,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        ip_adapter_image: ImageInput | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        controlnet_conditioning_scale: float | list[float] = 0.5,
+        guess_mode: bool = False,
+        control_guidance_start: float | list[float] = 0.0,
+        control_guidance_end: float | list[float] = 1.0,
+        clip_skip: int | None = None,
+        callback_on_step_end: Callable[..., Any] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        callback: Callable[..., Any] | None = None,
+        callback_steps: int | None = None,
+        seed: Seeds = None,
+        save_run: str | os.PathLike[str] | None = None,
+        resume: str | os.PathLike[str] | SavedRun | None = None,
+    ) -> Any:
+        """Paint pictures anew where the mask is white, as prompts say and control pictures show.
+
+        Returns:
+            `StableDiffusionPipelineOutput(images, nsfw_content_detected)`, or the same as a tuple.
+
+        Raises:
+            InputError, LimitError: An argument is not what it may be; no generator was used.
+            NonFiniteError: The numbers overflowed; says where, and what to do.
+        """
+        self._run.guidance = self.guidance_for(guidance_scale)
+        return self.paint_controlled(height, width)
