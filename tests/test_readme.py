@@ -84,7 +84,7 @@ def test_its_first_command_runs(workplace: Path) -> None:
     name = result.stdout.splitlines()[-1]
     assert name.endswith(".png")
     with Image.open(name) as picture:
-        assert picture.size == (128, 128)
+        assert picture.size == (64, 64)
     assert "it/s" not in result.stderr.replace("Writing model shards", ""), "a bar where nobody sees it"
 
 
