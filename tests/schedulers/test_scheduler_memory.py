@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
+import json
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +16,7 @@ import torch
 from scheduler_oracle import EVERY, OTHER, equal, model, run
 
 import suffuse
+from suffuse.pipelines.saved_run import memory_fields, packed, unpacked
 
 each_scheduler = pytest.mark.parametrize("name", [*EVERY, *OTHER])
 
@@ -40,7 +43,17 @@ def finished(scheduler: Any, sample: torch.Tensor, begin: int, end: int | None =
     return sample
 
 
+def through_a_file(scheduler: Any) -> Any:
+    """A fork with the memory as a saved run holds it."""
+    tensors: dict[str, torch.Tensor] = {}
+    told = json.loads(json.dumps(packed(memory_fields(scheduler), "memory", tensors)))
+    twin = scheduler.fork()
+    twin.memory = dataclasses.replace(twin.memory, **unpacked(told, tensors), derived={})
+    return twin
+
+
 COPIES = {
+    "saved run": through_a_file,
     "fork": lambda scheduler: scheduler.fork(),
     "copy": copy.copy,
     "deepcopy": copy.deepcopy,
