@@ -82,6 +82,17 @@ def test_a_run_is_kept_resumed_and_forked() -> None:
     assert re.search("prompt +a red door\n", told)
 
 
+def test_runs_that_name_no_classes_of_ours() -> None:
+    draw("--save-run", "at.safetensors")
+    for name in ("pipeline", "scheduler"):
+        run_ = suffuse.SavedRun.load("at.safetensors")
+        setattr(run_, name, "AutoencoderKL")
+        run_.save(f"{name}.safetensors")
+        code, _, err = run("--resume", f"{name}.safetensors")
+        assert code == 1
+        assert "names no" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from tasks import TASKS, call, difference, folder, pair, picture, set_scheduler
 from test_oracle import SCHEDULERS
 from test_threads import OTHERS
 
 import suffuse
+from suffuse.checkpoints.safetensors_file import SAVED_RUN
 from suffuse.errors import CorruptFileError, InputError, MissingFileError, SaveError
 from suffuse.noise import CounterNoise
 from suffuse.pipelines import saved_run
@@ -104,7 +106,54 @@ def test_a_compatible_solver_may_go_on(tmp_path):
     set_scheduler(pair("text"), "DPMSolverMultistepScheduler")
     pipe, made, _ = saved("text", tmp_path)
     set_scheduler(pair("text"), "DPMSolverMultistepScheduler", solver_type="heun")
-    assert difference(pipe(resume=tmp_path / "2.safetensors")[0], made) > 0
+    with pytest.warns(UserWarning, match="goes on with solver_type='heun' instead of 'midpoint'"):
+        assert difference(pipe(resume=tmp_path / "2.safetensors")[0], made) > 0
+
+
+def test_another_prediction_type_is_no_setting(tmp_path):
+    set_scheduler(pair("text"), "DPMSolverMultistepScheduler")
+    pipe, _, _ = saved("text", tmp_path)
+    set_scheduler(pair("text"), "DPMSolverMultistepScheduler", prediction_type="v_prediction")
+    with pytest.raises(InputError, match="predicts something else: prediction_type='v_prediction' instead of 'epsilon'"):
+        pipe(resume=tmp_path / "2.safetensors")
+
+
+def test_a_run_in_memory_serves_many_times(tmp_path):
+    set_scheduler(pair("inpaint"), "EulerAncestralDiscreteScheduler")
+    pipe, made, steps = saved("inpaint", tmp_path)
+    run = SavedRun.load(tmp_path / "2.safetensors")
+    assert [difference(pipe(resume=run)[0], made) for _ in range(3)] == [0, 0, 0]
+    last = SavedRun.load(tmp_path / f"{steps}.safetensors")
+    assert pipe(resume=last, output_type="latent")[0].data_ptr() != last.latents.data_ptr()
+
+
+def test_none_beside_a_run_says_nothing(tmp_path):
+    set_scheduler(pair("text"), "EulerAncestralDiscreteScheduler")
+    pipe, made, _ = saved("text", tmp_path)
+    assert difference(pipe(resume=tmp_path / "2.safetensors", seed=None, generator=None, prompt_embeds=None)[0], made) == 0
+
+
+def test_guidance_that_a_callback_changed_goes_on(tmp_path):
+    set_scheduler(pair("text"), "DDIMScheduler")
+
+    def change(pipe, index, timestep, tensors):
+        pipe._guidance_scale = 3.0 + index
+        return {}
+
+    pipe, made, _ = saved("text", tmp_path, callback_on_step_end=change)
+    assert difference(pipe(resume=tmp_path / "2.safetensors", callback_on_step_end=change)[0], made) == 0
+
+
+def test_pictures_with_an_orientation_and_arrays_of_any_strides(tmp_path):
+    turned, exif = picture(), Image.Exif()
+    exif[0x0112] = 6
+    turned.info["exif"] = exif.tobytes()
+    turned.getexif()[0x0112] = 6
+    backwards = np.asarray(picture())[..., ::-1]
+    set_scheduler(pair("image"), "DDIMScheduler")
+    for name, image in (("turned", turned), ("backwards", backwards)):
+        pipe, made, _ = saved("image", tmp_path / name, image=image)
+        assert difference(pipe(resume=tmp_path / name / "1.safetensors")[0], made) == 0, name
 
 
 def test_a_resumed_run_can_be_saved_and_told_of(tmp_path, capsys):
@@ -269,9 +318,9 @@ def test_damaged_runs(run, damage, tmp_path):
         from safetensors import safe_open
 
         with safe_open(file, "pt") as opened:
-            told = json.loads(opened.metadata()[saved_run.KEY])
+            told = json.loads(opened.metadata()[SAVED_RUN])
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    save_file(tensors, tmp_path / "bad.safetensors", {saved_run.KEY: json.dumps({**told, **damage})})
+    save_file(tensors, tmp_path / "bad.safetensors", {SAVED_RUN: json.dumps({**told, **damage})})
     with pytest.raises(CorruptFileError, match="is a damaged run"):
         SavedRun.load(tmp_path / "bad.safetensors")
     (tmp_path / "cut.safetensors").write_bytes(file.read_bytes()[:-9])

@@ -31,6 +31,7 @@ CPU = torch.device("cpu")
         (r"\(plain\) \: \| \\", [("(plain) : | \\", 1)]),
         ("at 12:30, 3:4 ratio:2", [("at 12:30, 3:4 ratio:2", 1)]),
         ("one BREAK two, Bold BREAKFAST", [("one ", 1), (BREAK, 1), (" two, Bold BREAKFAST", 1)]),
+        ("HEARTBREAK hotel", [("HEARTBREAK hotel", 1)]),
         ("", []),
     ],
 )
@@ -62,6 +63,8 @@ def test_any_text_is_understood_or_refused(text):
         ("a (cat", r"a bracket \( has no partner"),
         ("a cat)", r"a bracket \) has no partner"),
         ("a (cat]", r"a bracket \] has no partner"),
+        ("(a:1.3|b:1.2)", r"\| stands inside of brackets"),
+        ("[cat:1.3]", "a weight stands where none can"),
         ("(cat:1.2.3)", "'1.2.3' is no weight"),
         ("a:1 | b:-1", "nothing together"),
     ],

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from suffuse.checkpoints.adapter_files import Choice
 from suffuse.errors import AdapterError, InputError
-from suffuse.layers.low_rank import LowRankAdapters, adapters_of, check_known, delete_adapters, drop_adapters
-from suffuse.models.adapter_services import Wanted, block_weights, each, fuse, hub_options, listed, number, switch_off
+from suffuse.layers.low_rank import LowRankAdapters, adapters_of, check_known, delete_adapters, drop_adapters, number
+from suffuse.models.adapter_services import Wanted, block_weights, each, fuse, hub_options, listed, switch_off
 from suffuse.models.lora import USUAL_NAME, Given, LoraFile, load_lora
 from suffuse.models.lora_writing import Layers, write_lora
 
@@ -138,12 +138,12 @@ class LoraLoaderMixin:
         hotswap: bool = False,
     ) -> None:
         """Load what `lora_state_dict` gave for a text encoder into one; `prefix` is "text_encoder_2" for the second."""
-        name = prefix or cls.text_encoder_name
+        name, scale = prefix or cls.text_encoder_name, number("lora_scale", lora_scale)
         file = LoraFile.open(state_dict, network_alphas=network_alphas).only(name)
         loaded = load_lora(file, {name: text_encoder}, adapter_name, hotswap)
         adapters = adapters_of(text_encoder)
         if adapters is not None and not hotswap:
-            adapters.activate({loaded: number("lora_scale", lora_scale)})
+            adapters.activate({loaded: scale})
 
     @classmethod
     def save_lora_weights(

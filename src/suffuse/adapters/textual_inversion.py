@@ -134,7 +134,7 @@ class TextualInversionLoaderMixin:
             raise AdapterError(f"no word {', '.join(map(repr, missing))} was loaded", expected=loaded or "nothing is loaded")
         if known is None:
             return
-        forgotten = {part for word in words or known.vectors for part in _parts(word, known.vectors)}
+        forgotten = {part for word in (known.vectors if tokens is None else words) for part in _parts(word, known.vectors)}
         known.vectors = {token: vector for token, vector in known.vectors.items() if token not in forgotten}
         known.put(tokenizer, text_encoder)
         if not known.vectors:
@@ -226,7 +226,7 @@ def _words(
 
 def _checked(word: str, vectors: Tensor, where: Path, width: int, tokenizer: Any) -> dict[str, Tensor]:
     """Token → vector of a word, if it can be one."""
-    if not word or word.isspace():
+    if not isinstance(word, str) or not word.isprintable() or not word.strip():  # pyright: ignore[reportUnnecessaryIsInstance]
         raise AdapterError(f"{where} does not say what its word is", remedy="pass token='<word>'")
     if vectors.ndim not in (1, 2) or vectors.shape[-1] != width or not len(vectors) or not vectors.is_floating_point():
         raise AdapterError(

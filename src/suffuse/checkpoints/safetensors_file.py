@@ -28,6 +28,9 @@ BITS = {
 }  # fmt: skip
 """Bits of one element. Files list tensors by this order from the back, so that each starts at a multiple of its width."""
 
+SAVED_RUN = "suffuse_run"
+"""The entry of metadata that says that a file is a saved run of a pipeline."""
+
 _SIGNS: tuple[tuple[bytes, type[SuffuseError], str, str], ...] = (
     (b"version https://git-lfs", CorruptFileError, "is a git-lfs pointer, not the file", "run: git lfs install && git lfs pull"),
     (b"<", CorruptFileError, "is a web page, not weights", "download the file again; a login page may have been saved"),

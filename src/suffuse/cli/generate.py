@@ -18,6 +18,7 @@ from suffuse.checkpoints.bundle import DEFAULT, SETTINGS, bundled
 from suffuse.cli.loading import loaded, made_with, pipeline_for, quiet, usable_device
 from suffuse.cli.picture import check_writable, destination, write_picture
 from suffuse.errors import InputError, nearest
+from suffuse.public_names import PUBLIC, resolve
 from suffuse.schedulers.catalogue import CATALOGUE
 
 if TYPE_CHECKING:
@@ -205,18 +206,33 @@ def _go_on(
     seeds = [generator.initial_seed() for generator in torch_generators(told.get("generator"))] or [told.get("seed") or 0]
     path = destination(output, str(told.get("prompt") or "picture"), seeds[0])
     check_writable(path)
-    pipe = getattr(suffuse, run.pipeline).from_pipe(loaded(model, _choice("--dtype", dtype, DTYPES)))
-    pipe.scheduler = getattr(suffuse, run.scheduler).from_config(run.scheduler_config)
+    pipeline, scheduler = (
+        _named(file, name, kind)
+        for name, kind in ((run.pipeline, suffuse.DiffusionPipeline), (run.scheduler, suffuse.SchedulerMixin))
+    )
+    pipe = pipeline.from_pipe(loaded(model, _choice("--dtype", dtype, DTYPES)))
+    pipe.scheduler = scheduler.from_config(run.scheduler_config)
     pipe.to(usable_device(torch, device))
     quiet(pipe)
     with _kept(save_run):
-        picture = pipe(resume=run, save_run=save_run, **changes).images[0]
+        pictures = pipe(resume=run, save_run=save_run, output_type="pil", return_dict=True, **changes).images
     shown = {
         name: told[name]
         for name in ("prompt", "num_inference_steps", "guidance_scale", "negative_prompt", "strength")
         if name in told
     }
-    _write(picture, path, {**shown, **made_with(pipe, model), "seed": seeds[0], "resumed": f"{file.name}, step {run.step}"})
+    made = {**shown, **made_with(pipe, model), "resumed": f"{file.name}, step {run.step}"}
+    for index, picture in enumerate(pictures):
+        seed = seeds[index] if index < len(seeds) else seeds[0]
+        _write(picture, destination(output, str(path.stem), seed, index, len(pictures)) if index else path, made | {"seed": seed})
+
+
+def _named(file: Path, name: str, kind: Any) -> Any:
+    """The class that a run names, if it is one of ours and of this kind."""
+    found = resolve(name) if name in PUBLIC else None
+    if not isinstance(found, type) or not issubclass(found, kind):
+        raise InputError(f"{file} names no {kind.__name__} of suffuse", found=name)
+    return found
 
 
 def _changes(context: typer.Context) -> dict[str, Any]:
@@ -289,5 +305,5 @@ def _opened(option: str, path: Path) -> Image.Image:
             return picture
         except UnidentifiedImageError:
             raise InputError(f"{option}: {path} is no picture, or a damaged one", expected="PNG, JPEG, WebP, …") from None
-        except (OSError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise InputError(f"{option}: {path} cannot be read as a picture", found=str(error)) from None

@@ -11,11 +11,12 @@ from typing import Annotated, Any
 import typer
 
 from suffuse.checkpoints.inventory import TARGETS, Component, take_inventory, total
-from suffuse.checkpoints.safetensors_file import read_header
+from suffuse.checkpoints.safetensors_file import SAVED_RUN, read_header
 from suffuse.cli.picture import is_png, read_settings
+from suffuse.errors import CorruptFileError
 
-RUN = "suffuse_run"
-"""The entry of a file's metadata that says that it is a saved run."""
+SHOWN = ("pipeline", "model", "scheduler", "step", "total")
+"""What a saved run tells first."""
 
 
 def inspect(
@@ -40,16 +41,18 @@ def inspect(
 
 def _run_settings(path: Path) -> dict[str, Any] | None:
     """What a saved run tells of itself; None if this is none."""
-    text = read_header(path).metadata.get(RUN) if path.suffix == ".safetensors" and path.is_file() else None
+    text = read_header(path).metadata.get(SAVED_RUN) if path.suffix == ".safetensors" and path.is_file() else None
     if text is None:
         return None
-    told = json.loads(text)
-    arguments = {k: v for k, v in told["arguments"]["entries"].items() if not isinstance(v, (dict, list))}
-    return (
-        {name: told[name] for name in ("pipeline", "model", "scheduler", "step", "total")}
-        | arguments
-        | {"suffuse": told["suffuse"]}
-    )
+    try:
+        told = json.loads(text)
+        entries = told["arguments"]["entries"].items()
+        plain = {k: v["weighted"] if isinstance(v, dict) and "weighted" in v else v for k, v in entries}
+        told = {"suffuse": None, **{name: told[name] for name in SHOWN}, **told}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CorruptFileError(f"{path} is a damaged run", found=f"{type(error).__name__}: {error}") from None
+    arguments = {k: v for k, v in plain.items() if isinstance(v, (str, int, float)) or (isinstance(v, list) and k == "prompt")}
+    return {name: told[name] for name in SHOWN} | arguments | {"suffuse": told["suffuse"]}
 
 
 def _print_table(components: list[Component]) -> None:

@@ -27,7 +27,7 @@ TOKENIZING = threading.Lock()
 """Tokenizers keep how to pad and cut in themselves: one call at a time, or threads cut each other's prompts."""
 UP = 1.1
 """What a pair of round brackets multiplies by, and a pair of square ones divides by."""
-_TOKEN = re.compile(r"\\[()\[\]|:\\]|BREAK\b|:\s*[+-]?[\d.]+\s*(?=[)|]|$)|[()\[\]|]|[^\\()\[\]|:B]+|.", re.DOTALL)
+_TOKEN = re.compile(r"\\[()\[\]|:\\]|\bBREAK\b|:\s*[+-]?[\d.]+\s*(?=[)\]|]|$)|[()\[\]|]|[^\\()\[\]|:B]+|.", re.DOTALL)
 
 
 class Weighted(str):
@@ -66,13 +66,15 @@ def parse(prompt: str) -> list[tuple[list[Segment], float]]:
                 multiply(open_[-1][1], _number(token, prompt))
                 open_[-1] = ("told", open_[-1][1])
             else:
-                segments.append((token, 1.0))
+                raise InputError("a weight stands where none can", found=prompt, expected="one before each closing ), none in []")
         elif token in (")", "]"):
             if not open_ or (token == "]") != (open_[-1][0] == "["):
                 raise _unmatched(prompt, match.start(), token)
             kind, begin = open_.pop()
             multiply(begin, {"(": UP, "[": 1 / UP, "told": 1.0}[kind])
-        elif token == "|" and not open_:
+        elif token == "|" and open_:
+            raise InputError("| stands inside of brackets", found=prompt, remedy="blend whole prompts, or write \\| for the sign")
+        elif token == "|":
             parts.append((segments, _number(share or ":1", prompt)))
             segments, share = [], ""
         else:

@@ -318,6 +318,19 @@ def delete_adapters(model: nn.Module, names: Iterable[str]) -> None:
         drop_adapters(model)
 
 
+def number(what: str, value: Any) -> float:
+    """How much of an adapter, as a finite number; 1 if None.
+
+    Raises:
+        AdapterError: It is none.
+    """
+    if value is None:
+        return 1.0
+    if isinstance(value, bool) or not isinstance(value, Real) or not -1e300 < value < 1e300:  # pyright: ignore[reportOperatorIssue]
+        raise AdapterError(f"{what} is no number", found=value, expected="a finite number")
+    return float(value)
+
+
 def check_known(names: Iterable[str], known: Iterable[str]) -> None:
     """Raise `AdapterError` unless all names are known, each once."""
     names, known = list(names), list(known)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 from suffuse.checkpoints.adapter_files import Choice
 from suffuse.errors import AdapterError, nearest, unknown_argument
 from suffuse.hub.options import HUB_KEYWORDS, HubOptions
-from suffuse.layers.low_rank import LowRankAdapters, Weight, adapters_of, check_known, delete_adapters, drop_adapters
+from suffuse.layers.low_rank import LowRankAdapters, Weight, adapters_of, check_known, delete_adapters, drop_adapters, number
 from suffuse.models.lora import USUAL_NAME, Given, LoraFile, load_lora
 from suffuse.models.lora_writing import write_lora
 
@@ -254,19 +252,6 @@ def each(weights: Any, names: Sequence[str]) -> list[Any]:
             "there must be one weight for each adapter", found=f"{len(weights)} for {len(names)}: {', '.join(names)}"
         )
     return list(weights)
-
-
-def number(what: str, value: Any) -> float:
-    """How much of an adapter, as a finite number; 1 if None.
-
-    Raises:
-        AdapterError: It is none.
-    """
-    if value is None:
-        return 1.0
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise AdapterError(f"{what} is no number", found=value, expected="a finite number")
-    return float(value)
 
 
 def block_weights(model: Any, wanted: Wanted) -> Weight:

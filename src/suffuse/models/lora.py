@@ -23,7 +23,7 @@ from suffuse.checkpoints.weights import first_names
 from suffuse.conversion.lora import Parts, described, read_keys
 from suffuse.errors import AdapterError
 from suffuse.hub.options import HubOptions
-from suffuse.layers.low_rank import Factors, adapters_of, check_known, make_adapters
+from suffuse.layers.low_rank import Factors, adapters_of, check_known, make_adapters, number
 
 USUAL_NAME = "pytorch_lora_weights"
 METADATA = "lora_adapter_metadata"
@@ -283,14 +283,15 @@ def _alphas(file: LoraFile, metadata: str | None, network_alphas: Mapping[str, f
         for layer, parts in layers.items():
             if "lora_alpha" in own and parts.down:
                 rank = file.source.tensors[parts.down].shape[0]
-                alpha = next((a for p, a in own.get("alpha_pattern", {}).items() if _names(p, layer)), own["lora_alpha"])
+                pattern: dict[str, Any] = own.get("alpha_pattern") or {}
+                alpha = number("lora_alpha", next((a for p, a in pattern.items() if _names(p, layer)), own["lora_alpha"]))
                 made[component, layer] = alpha * math.sqrt(rank) if own.get("use_rslora") else alpha
     for key, alpha in network_alphas.items():
         (component, layers), *_ = read_keys([key])[0].items() or [("", {})]
         layer = next(iter(layers), "")
         if layer not in file.components.get(component, {}):
             raise AdapterError(f"network_alphas: {key!r} is for no layer of the adapter")
-        made[component, layer] = float(alpha)
+        made[component, layer] = number("network_alphas", alpha)
     return made
 
 
@@ -302,6 +303,9 @@ def _settings(file: LoraFile, metadata: str | None) -> dict[str, Any]:
     numbers = isinstance(settings, dict) and all(
         isinstance(value, (int, float)) for key, value in settings.items() if key.endswith("lora_alpha")
     )
+    if isinstance(settings, dict):
+        patterns = [value for key, value in settings.items() if key.endswith("alpha_pattern")]
+        numbers = numbers and all(value is None or isinstance(value, dict) for value in patterns)
     if not numbers or not isinstance(settings, dict):
         raise AdapterError(f"{_where(file.source)}: {METADATA} in its header holds no settings", found=metadata)
     return settings

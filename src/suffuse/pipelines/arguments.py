@@ -417,6 +417,21 @@ def check_shape(name: str, value: Tensor | None, expected: tuple[int, ...]) -> N
 # ---------------------------------------------------------------- noise, and runs that were begun
 
 
+INSTEAD = {"seed": "generator", "generator": "seed", "prompt": "prompt_embeds", "prompt_embeds": "prompt"}
+"""Argument → the one of a run that it takes the place of."""
+
+
+def copied(value: Any) -> Any:
+    """The value; of generators another one in the same state, so that a call that draws from it leaves the run as it is."""
+    if isinstance(value, list):
+        return [copied(item) for item in cast(list[Any], value)]
+    if not isinstance(value, torch.Generator):
+        return value
+    twin = torch.Generator(value.device)
+    twin.set_state(value.get_state())
+    return twin
+
+
 def begun_run(pipe: Any, given: dict[str, Any]) -> SavedRun | None:
     """The run that a call goes on with; of its arguments, none contradicts one that is given.
 
@@ -429,10 +444,13 @@ def begun_run(pipe: Any, given: dict[str, Any]) -> SavedRun | None:
         return None
     run = resume if isinstance(resume, SavedRun) else SavedRun.load(resume)
     run.check(type(pipe).__name__, pipe.name_or_path)
-    instead = {"seed": ("generator",), "generator": ("seed",), "prompt": ("prompt_embeds",), "prompt_embeds": ("prompt",)}
-    dropped = {other for name in given for other in instead.get(name, ())}
-    kept = {name: value for name, value in run.arguments.items() if name not in dropped}
-    return replace(run, arguments=kept, generators=[] if given.keys() & {"seed", "generator"} else run.generators)
+    for name in [name for name in INSTEAD if given.get(name, run) is None]:
+        del given[name]  # None beside what the run has says nothing
+    dropped = {INSTEAD[name] for name in given if name in INSTEAD}
+    kept = {name: copied(value) for name, value in run.arguments.items() if name not in dropped}
+    guidance = {name: value for name, value in run.guidance.items() if f"guidance_{name}" not in given}
+    states = [] if given.keys() & {"seed", "generator"} else run.generators
+    return replace(run, arguments=kept, generators=states, guidance=guidance)
 
 
 def seed_of(arguments: Mapping[str, Any]) -> Any:

@@ -486,7 +486,9 @@ class DiffusionPipeline(FromSingleFileMixin, PlacedModels, ConfigMixin, PushToHu
         run.num_timesteps, run.num_inference_steps, begin = len(timesteps), num_inference_steps, 0
         if arguments["resume"] is not None:
             latents, begin = arguments["resume"].restore(scheduler, latents, timesteps, arguments["generator"])
-        saved = [SaveSteps(run.writer, scheduler)] if run.writer is not None else []
+            for name, value in arguments["resume"].guidance.items():
+                setattr(run.guidance, name, value)
+        saved = [SaveSteps(run.writer, scheduler, run.guidance)] if run.writer is not None else []
         with self.progress_bar(total=num_inference_steps, initial=begin // scheduler.order) as bar:
             told = self.callbacks(run, conditioning, num_inference_steps, bar)
             acting = [EndWhen(lambda: run.interrupt), CountNoise(arguments["generator"]), *hooks, *watched, *told, *saved]

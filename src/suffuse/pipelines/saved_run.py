@@ -22,11 +22,11 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from suffuse.checkpoints.atomic import write_whole
-from suffuse.checkpoints.safetensors_file import read_header
+from suffuse.checkpoints.safetensors_file import SAVED_RUN, read_header
 from suffuse.checkpoints.saving import write_safetensors
 from suffuse.diffusion.loop import SilentHook, Step
 from suffuse.diffusion.weighted_prompts import Weighted
@@ -35,8 +35,8 @@ from suffuse.noise import CounterNoise
 from suffuse.schedulers.scheduler import SchedulerMixin
 from suffuse.version import __version__
 
-KEY, FORMAT = "suffuse_run", 1
-"""Name of the entry of metadata, and the version of what it holds."""
+FORMAT = 1
+"""The version of what the entry of metadata holds."""
 OF_THE_CALL = (
     "save_run", "resume", "callback", "callback_steps", "callback_on_step_end", "callback_on_step_end_tensor_inputs",
 )  # fmt: skip
@@ -55,6 +55,7 @@ class SavedRun:
         model: Where its weights were loaded from, if that is known.
         scheduler: Class of the scheduler.
         scheduler_config: Its configuration.
+        guidance: Its numbers, which a callback may have changed: scale and rescale.
         arguments: What the pipeline was called with; generators are in the state they then had.
         step: How many entries of the timesteps are behind.
         total: How many there are.
@@ -67,6 +68,7 @@ class SavedRun:
     model: str | None
     scheduler: str
     scheduler_config: dict[str, Any]
+    guidance: dict[str, Any]
     arguments: dict[str, Any]
     step: int
     total: int
@@ -85,7 +87,7 @@ class SavedRun:
         """
         tensors = dict[str, Tensor]()
         told = {name: packed(value, name, tensors) for name, value in _fields(self).items()}
-        metadata = {KEY: json.dumps({"format": FORMAT, "suffuse": __version__, **told})}
+        metadata = {SAVED_RUN: json.dumps({"format": FORMAT, "suffuse": __version__, **told})}
         write_whole(Path(path), lambda staged: write_safetensors(tensors, staged, metadata))
 
     @classmethod
@@ -101,14 +103,15 @@ class SavedRun:
 
         path = Path(path)
         header = read_header(path)
-        if KEY not in header.metadata:
+        if SAVED_RUN not in header.metadata:
             raise InputError(f"{path} holds no run", expected="a file that a call with save_run=… wrote")
         try:
-            told = json.loads(header.metadata[KEY])
+            octets = path.read_bytes()  # at once: a run that goes on replaces the file with each step
+            told = json.loads(json.loads(octets[8 : 8 + int.from_bytes(octets[:8], "little")])["__metadata__"][SAVED_RUN])
             version = told.pop("format")
             if version > FORMAT:
                 raise InputError(f"{path} was written by suffuse {told['suffuse']}", remedy="update suffuse to read it")
-            tensors = load(path.read_bytes())
+            tensors = load(octets)
             run = cls(**{field.name: unpacked(told[field.name], tensors) for field in dataclasses.fields(cls)})
             run._check_fields()
             return run
@@ -151,11 +154,12 @@ class SavedRun:
             InputError: It goes another way, or makes pictures of another size.
         """
         fresh, known = memory_fields(scheduler), self.memory
-        if fresh.keys() != known.keys():
+        if type(scheduler).__name__ != self.scheduler or fresh.keys() != known.keys():
             raise InputError(
                 f"{type(scheduler).__name__} cannot go on with a run of {self.scheduler}",
                 remedy=f"pipe.scheduler = suffuse.{self.scheduler}.from_config(SavedRun.load(file).scheduler_config)",
             )
+        self._compare(scheduler.config)
         for name in ("timesteps", "sigmas"):
             if name in fresh and not _same(fresh[name], known[name]):
                 raise InputError(
@@ -180,10 +184,22 @@ class SavedRun:
         moved = {name: placed(value) for name, value in known.items()}
         moved |= {name: fresh[name] for name in ("timesteps", "sigmas") if name in fresh}  # equal, and on the right device
         scheduler.memory = dataclasses.replace(scheduler.memory, **moved, derived={})
-        if self.generators:
-            for source, state in zip(torch_generators(generator), self.generators, strict=True):
-                source.set_state(state)
-        return self.latents.to(latents.device), self.step
+        sources = torch_generators(generator)
+        if self.generators and len(sources) != len(self.generators):
+            raise InputError(f"the run has {len(self.generators)} generators", found=f"{len(sources)} in this call")
+        for source, state in zip(sources, self.generators, strict=False):
+            source.set_state(state)
+        return self.latents.to(latents.device, copy=True), self.step
+
+    def _compare(self, config: Mapping[str, Any]) -> None:
+        """Tell what another configuration of the scheduler changes; what the model predicts is no setting to change."""
+        told = {name: (value, config.get(name)) for name, value in self.scheduler_config.items() if not name.startswith("_")}
+        other = {name: pair for name, pair in told.items() if str(pair[0]) != str(pair[1])}
+        changes = ", ".join(f"{name}={new!r} instead of {old!r}" for name, (old, new) in other.items())
+        if "prediction_type" in other:
+            raise InputError(f"the model of the run predicts something else: {changes}")
+        if other:
+            warnings.warn(f"the run goes on with {changes}", stacklevel=6)
 
 
 class RunWriter:
@@ -211,13 +227,15 @@ class RunWriter:
         path = arguments["save_run"]
         return None if path is None else cls(path, type(pipe).__name__, pipe.name_or_path, arguments)
 
-    def write(self, scheduler: SchedulerMixin, latents: Tensor, step: int, total: int) -> None:
+    def write(self, scheduler: SchedulerMixin, guidance: Any, latents: Tensor, step: int, total: int) -> None:
         """Write the run after `step` of `total` steps."""
+        numbers = {name: getattr(guidance, name, None) for name in ("scale", "rescale")}
         SavedRun(
             pipeline=self.pipeline,
             model=self.model,
             scheduler=type(scheduler).__name__,
             scheduler_config=dict(scheduler.config),
+            guidance={name: value for name, value in numbers.items() if isinstance(value, (int, float))},
             arguments=self.arguments,
             step=step,
             total=total,
@@ -233,18 +251,19 @@ class SaveSteps(SilentHook):
 
     writer: RunWriter
     scheduler: SchedulerMixin
+    guidance: Any
     begun: bool = False
 
     def before(self, step: Step) -> None:
         """Write what the first step begins with."""
         if not self.begun:
             self.begun = True
-            self.writer.write(self.scheduler, step.latents, step.index, step.total)
+            self.writer.write(self.scheduler, self.guidance, step.latents, step.index, step.total)
 
     def after(self, step: Step) -> None:
         """Write what the next step begins with; a disk that is full does not cost the picture."""
         try:
-            self.writer.write(self.scheduler, step.latents, step.index + 1, step.total)
+            self.writer.write(self.scheduler, self.guidance, step.latents, step.index + 1, step.total)
         except SaveError as error:
             warnings.warn(f"the run was not saved after step {step.index + 1}: {error}", stacklevel=2)
 
@@ -304,7 +323,11 @@ def _picture(octets: Tensor, detail: Any) -> Image.Image:
 
 
 def _plain(picture: Image.Image) -> Image.Image:
-    return picture.convert("RGB") if picture.mode in ("P", "PA") else picture
+    """The picture the right way up, without a palette; what is transparent stays so."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode == "PA" or "transparency" in picture.info:
+        return picture.convert("RGBA")
+    return picture.convert("RGB") if picture.mode == "P" else picture
 
 
 def _generator(state: Tensor, device: str) -> torch.Generator:
@@ -328,11 +351,16 @@ _KINDS: dict[str, _Kind] = {
         ),
         lambda tensor, last: tensor.to(memory_format=torch.channels_last) if last else tensor.clone(),
     ),
-    "array": _Kind(np.ndarray, torch.from_numpy, lambda array: None, lambda tensor, _: tensor.clone().numpy()),
+    "array": _Kind(
+        np.ndarray,
+        lambda array: torch.from_numpy(np.ascontiguousarray(array)),
+        lambda array: None,
+        lambda tensor, _: tensor.clone().numpy(),
+    ),
     "picture": _Kind(
         Image.Image,
         lambda picture: torch.frombuffer(bytearray(_plain(picture).tobytes()), dtype=torch.uint8),
-        lambda picture: [_plain(picture).mode, *picture.size],
+        lambda picture: [_plain(picture).mode, *_plain(picture).size],
         _picture,
     ),
     "generator": _Kind(

@@ -65,8 +65,9 @@ class Controlled(StableDiffusionBase):
     def take(self, controlnet: Any) -> None:
         """Make a ControlNet, or a list of several, the component of the pipeline."""
         listed = isinstance(controlnet, (list, tuple))
-        self.register_modules(controlnet=MultiControlNetModel(controlnet) if listed else controlnet)
-        self.check_nets()
+        controlnet = MultiControlNetModel(controlnet) if listed else controlnet
+        self.check_nets(nets_of(controlnet))
+        self.register_modules(controlnet=controlnet)
 
     @property
     def several(self) -> bool:
@@ -76,7 +77,7 @@ class Controlled(StableDiffusionBase):
     @property
     def nets(self) -> list[Any]:
         """The ControlNets, in the order of their pictures."""
-        return list(self.controlnet.nets) if self.several else [self.controlnet] if self.controlnet is not None else []
+        return nets_of(self.controlnet)
 
     @property
     def _modules_by_name(self) -> dict[str, nn.Module]:
@@ -88,11 +89,11 @@ class Controlled(StableDiffusionBase):
         """Those of Stable Diffusion, and the ControlNet."""
         return [*super().needed_components(arguments), "controlnet"]
 
-    def check_nets(self) -> None:
+    def check_nets(self, nets: Sequence[Any]) -> None:
         """Raise `ConfigError` if a ControlNet was made for another UNet."""
         if self.unet is None:
             return
-        for index, net in enumerate(self.nets):
+        for index, net in enumerate(nets):
             own, unet = net.config, self.unet.config
             told = {key: (own[key], unet[other]) for key, other in AGREED.items() if own[key] is not None}
             unlike = {key: pair for key, pair in told.items() if not _alike(*pair)}
@@ -181,7 +182,7 @@ class Controlled(StableDiffusionBase):
             ConfigError: A net was made for another UNet.
             InputError: Pictures, scales or parts of the way are not one for each net; or a picture does not fit.
         """
-        self.check_nets()
+        self.check_nets(self.nets)
         arguments, scheduler, nets = self._run.arguments, self._run.scheduler, self.nets
         settings = [one_a_net(key, arguments[key], len(nets)) for key in PER_NET]
         check_parts(*settings[1:])
@@ -213,6 +214,13 @@ class Controlled(StableDiffusionBase):
                 found = f"{len(entry)} pictures" if isinstance(entry, (list, tuple)) else type(entry).__name__
                 raise InputError(f"{name} does not go with {count} ControlNets", found=found, expected=f"a list of {count}")
         return [list(pictures) for pictures in zip(*image, strict=True)] if by_prompt else image
+
+
+def nets_of(controlnet: Any) -> list[Any]:
+    """The ControlNets of a component: one, several or none."""
+    if isinstance(controlnet, MultiControlNetModel):
+        return controlnet.parts
+    return [controlnet] if controlnet is not None else []
 
 
 def one_a_net(name: str, value: Any, count: int) -> list[float]:

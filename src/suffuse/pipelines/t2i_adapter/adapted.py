@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,11 +51,16 @@ class Adapted(Drawing):
         Raises:
             ConfigError: It makes other features than the UNet takes.
         """
-        self.register_modules(adapter=MultiAdapter(adapter) if isinstance(adapter, (list, tuple)) else adapter)
-        if self.unet is None or self.adapter is None:
+        adapter = MultiAdapter(adapter) if isinstance(adapter, (list, tuple)) else adapter
+        self.check_adapter(adapter)
+        self.register_modules(adapter=adapter)
+
+    def check_adapter(self, adapter: Any) -> None:
+        """Raise `ConfigError` if an adapter makes other features than the UNet takes."""
+        if self.unet is None or adapter is None:
             return
         wanted = list(self.unet.config.block_out_channels)
-        for one in self.adapters:
+        for one in adapter.parts if isinstance(adapter, MultiAdapter) else [adapter]:
             own = list(one.config.channels)
             if not set(own) <= {*wanted}:
                 raise ConfigError(
@@ -74,7 +78,7 @@ class Adapted(Drawing):
         """Those of Stable Diffusion, and the adapter."""
         return [*super().needed_components(arguments), "adapter"]
 
-    @cached_property
+    @property
     def adapter_image_processor(self) -> VaeImageProcessor:
         """Control pictures to tensors in [0, 1]."""
         gray = self.adapters[0].config.in_channels == 1
@@ -90,6 +94,7 @@ class Adapted(Drawing):
         Raises:
             InputError: Pictures or scales are not one for each adapter, or a picture does not fit.
         """
+        self.check_adapter(self.adapter)
         arguments = self._run.arguments
         image, count = arguments["image"], len(self.adapters)
         several = isinstance(self.adapter, MultiAdapter)
