@@ -20,7 +20,7 @@ from pathlib import Path
 SUFFUSE = "from suffuse.cli.main import app; app()"
 DIFFUSERS = """
 import sys, torch, diffusers
-pipe = diffusers.DiffusionPipeline.from_pretrained(sys.argv[1], safety_checker=None)
+pipe = diffusers.DiffusionPipeline.from_pretrained(sys.argv[1], dtype=torch.float32)
 made = pipe("a red apple", num_inference_steps=int(sys.argv[2]), guidance_scale=3.0, generator=torch.Generator().manual_seed(7))
 made.images[0].save(sys.argv[3])
 """
@@ -47,10 +47,14 @@ def cold(repeats: int, steps: int, model: str) -> dict[str, float]:
 def warm(repeats: int, steps: int, model: str) -> dict[str, float]:
     """Median seconds of one picture, by library, in turn."""
     import diffusers
+    import torch
 
     import suffuse
 
-    pipes = {library.__name__: library.DiffusionPipeline.from_pretrained(model) for library in (suffuse, diffusers)}
+    pipes = {
+        "suffuse": suffuse.DiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32),
+        "diffusers": diffusers.DiffusionPipeline.from_pretrained(model, dtype=torch.float32),
+    }
     times: dict[str, list[float]] = {name: [] for name in pipes}
     for repeat in range(repeats + 1):
         for name, pipe in pipes.items():
