@@ -48,11 +48,11 @@ def _run_settings(path: Path) -> dict[str, Any] | None:
         told = json.loads(text)
         entries = told["arguments"]["entries"].items()
         plain = {k: v["weighted"] if isinstance(v, dict) and "weighted" in v else v for k, v in entries}
-        told = {"suffuse": None, **{name: told[name] for name in SHOWN}, **told}
+        first = {name: told[name] for name in SHOWN}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptFileError(f"{path} is a damaged run", found=f"{type(error).__name__}: {error}") from None
     arguments = {k: v for k, v in plain.items() if isinstance(v, (str, int, float)) or (isinstance(v, list) and k == "prompt")}
-    return {name: told[name] for name in SHOWN} | arguments | {"suffuse": told["suffuse"]}
+    return first | arguments | {"suffuse": told.get("suffuse")}
 
 
 def _print_table(components: list[Component]) -> None:

@@ -80,7 +80,7 @@ def parse(prompt: str) -> list[tuple[list[Segment], float]]:
         else:
             segments.append((BREAK if token == "BREAK" else token[-1] if token.startswith("\\") else token, 1.0))
     if open_:
-        raise _unmatched(prompt, len(prompt), {"[": "["}.get(open_[-1][0], "("))
+        raise _unmatched(prompt, len(prompt), "[" if open_[-1][0] == "[" else "(")
     if not parts:  # nothing is blended: a colon and a number at the end are text
         return [(_joined([*segments, (share, 1.0)] if share else segments), 1.0)]
     parts.append((segments, _number(share or ":1", prompt)))
@@ -202,6 +202,6 @@ def in_pieces(
         vectors = [pooled * share for _, pooled, share in made if pooled is not None]
         return torch.stack([states * share for states, _, share in made]).sum(0), torch.stack(vectors).sum(0) if vectors else None
 
-    read_ = [blended(text) for text in texts]
-    vectors = [pooled for _, pooled in read_ if pooled is not None]
-    return torch.stack([states for states, _ in read_]), torch.stack(vectors) if vectors else None
+    done = [blended(text) for text in texts]
+    vectors = [pooled for _, pooled in done if pooled is not None]
+    return torch.stack([states for states, _ in done]), torch.stack(vectors) if vectors else None

@@ -11,6 +11,13 @@ from suffuse.errors import MissingFileError
 from suffuse.models.model import ModelMixin
 
 
+def parts_of(component: Any) -> list[Any]:
+    """The models of a component: one, several or none."""
+    if isinstance(component, SideBySide):
+        return component.parts
+    return [] if component is None else [component]
+
+
 class SideBySide(ModelMixin):
     """Models of one class; in a folder of a pipeline they are name, name_1 and so on.
 

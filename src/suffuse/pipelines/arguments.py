@@ -408,6 +408,20 @@ def check_batch(name: str, value: Sequence[Any] | Tensor | None, batch: int) -> 
         )
 
 
+def one_for_each(name: str, value: Any, count: int, what: str) -> list[float]:
+    """A setting for each of `count` models of a kind, of one for all or a list.
+
+    Raises:
+        InputError: The list has another length.
+    """
+    if isinstance(value, list) and len(cast(list[Any], value)) != count:
+        raise InputError(
+            f"{name}: {len(cast(list[Any], value))} given for {count} {what}{'s' * (count != 1)}",
+            expected="a number, or a list of one for each",
+        )
+    return cast(list[float], value) if isinstance(value, list) else [value] * count
+
+
 def check_shape(name: str, value: Tensor | None, expected: tuple[int, ...]) -> None:
     """Raise `InputError` unless a tensor, if given, has this shape."""
     if value is not None and tuple(value.shape) != expected:

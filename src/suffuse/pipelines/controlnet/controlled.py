@@ -13,7 +13,8 @@ from suffuse.checkpoints.layout import numbered
 from suffuse.diffusion.control import Control
 from suffuse.errors import ConfigError, InputError
 from suffuse.models.controlnet import MultiControlNetModel
-from suffuse.pipelines.arguments import prompt_count
+from suffuse.models.side_by_side import parts_of
+from suffuse.pipelines.arguments import one_for_each, prompt_count
 from suffuse.pipelines.stable_diffusion.base import StableDiffusionBase
 from suffuse.processing.image import Box, ImageInput, VaeImageProcessor
 from suffuse.processing.pixels import listed
@@ -66,7 +67,7 @@ class Controlled(StableDiffusionBase):
         """Make a ControlNet, or a list of several, the component of the pipeline."""
         listed = isinstance(controlnet, (list, tuple))
         controlnet = MultiControlNetModel(controlnet) if listed else controlnet
-        self.check_nets(nets_of(controlnet))
+        self.check_nets(parts_of(controlnet))
         self.register_modules(controlnet=controlnet)
 
     @property
@@ -77,7 +78,7 @@ class Controlled(StableDiffusionBase):
     @property
     def nets(self) -> list[Any]:
         """The ControlNets, in the order of their pictures."""
-        return nets_of(self.controlnet)
+        return parts_of(self.controlnet)
 
     @property
     def _modules_by_name(self) -> dict[str, nn.Module]:
@@ -184,7 +185,7 @@ class Controlled(StableDiffusionBase):
         """
         self.check_nets(self.nets)
         arguments, scheduler, nets = self._run.arguments, self._run.scheduler, self.nets
-        settings = [one_a_net(key, arguments[key], len(nets)) for key in PER_NET]
+        settings = [one_for_each(key, arguments[key], len(nets), "ControlNet") for key in PER_NET]
         check_parts(*settings[1:])
         each, device = arguments["num_images_per_prompt"], self._execution_device
         made = list[Control]()
@@ -214,27 +215,6 @@ class Controlled(StableDiffusionBase):
                 found = f"{len(entry)} pictures" if isinstance(entry, (list, tuple)) else type(entry).__name__
                 raise InputError(f"{name} does not go with {count} ControlNets", found=found, expected=f"a list of {count}")
         return [list(pictures) for pictures in zip(*image, strict=True)] if by_prompt else image
-
-
-def nets_of(controlnet: Any) -> list[Any]:
-    """The ControlNets of a component: one, several or none."""
-    if isinstance(controlnet, MultiControlNetModel):
-        return controlnet.parts
-    return [controlnet] if controlnet is not None else []
-
-
-def one_a_net(name: str, value: Any, count: int) -> list[float]:
-    """A setting for each of `count` ControlNets, of one for all or a list.
-
-    Raises:
-        InputError: The list has another length.
-    """
-    if isinstance(value, list) and len(value) != count:
-        raise InputError(
-            f"{name}: {len(value)} given for {count} ControlNet{'s' * (count != 1)}",
-            expected="a number, or a list of one for each",
-        )
-    return value if isinstance(value, list) else [value] * count
 
 
 def check_parts(starts: list[float], ends: list[float]) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor
 from suffuse.diffusion.conditioning import ModelCall, per_branch
 from suffuse.diffusion.loop import Step
 from suffuse.errors import ConfigError, InputError
+from suffuse.models.side_by_side import parts_of
 from suffuse.models.t2i_adapter import MultiAdapter
-from suffuse.pipelines.arguments import prompt_count
+from suffuse.pipelines.arguments import one_for_each, prompt_count
 from suffuse.pipelines.pipeline import Run
 from suffuse.pipelines.stable_diffusion.drawing import Drawing
 from suffuse.processing.image import VaeImageProcessor
@@ -60,7 +61,7 @@ class Adapted(Drawing):
         if self.unet is None or adapter is None:
             return
         wanted = list(self.unet.config.block_out_channels)
-        for one in adapter.parts if isinstance(adapter, MultiAdapter) else [adapter]:
+        for one in parts_of(adapter):
             own = list(one.config.channels)
             if not set(own) <= {*wanted}:
                 raise ConfigError(
@@ -72,7 +73,7 @@ class Adapted(Drawing):
     @property
     def adapters(self) -> list[Any]:
         """The adapters, in the order of their pictures."""
-        return list(self.adapter.adapters) if isinstance(self.adapter, MultiAdapter) else [self.adapter]
+        return parts_of(self.adapter)
 
     def needed_components(self, arguments: dict[str, Any]) -> list[str]:
         """Those of Stable Diffusion, and the adapter."""
@@ -101,10 +102,7 @@ class Adapted(Drawing):
         if several and (not isinstance(image, list) or len(image) != count):
             found = f"{len(image)} pictures" if isinstance(image, list) else type(image).__name__
             raise InputError(f"image does not go with {count} adapters", found=found, expected=f"a list of {count}")
-        scale = arguments["adapter_conditioning_scale"]
-        scales: list[float] = scale if isinstance(scale, list) else [scale] * count
-        if len(scales) != count:
-            raise InputError(f"adapter_conditioning_scale: {len(scales)} given for {count} adapters", expected="one for each")
+        scales = one_for_each("adapter_conditioning_scale", arguments["adapter_conditioning_scale"], count, "adapter")
         pictures = image if several else [image]
         own = edges(pictures[0], "image")
         factor = self.adapter.downscale_factor
