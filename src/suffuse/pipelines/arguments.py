@@ -467,8 +467,9 @@ def begun_run(pipe: Any, given: dict[str, Any]) -> SavedRun | None:
     return replace(run, arguments=kept, generators=states, guidance=guidance)
 
 
-def seed_of(arguments: Mapping[str, Any]) -> Any:
-    """The seed of a call; one is drawn if the run is to be saved, as the generator that all calls share is not to be found again.
+def seed_of(arguments: Mapping[str, Any], count: int) -> Any:
+    """The seed of a call that makes `count` pictures; one is drawn if the run is to be saved, as the generator that all calls
+    share is not to be found again.
 
     Raises:
         InputError: A generator is given too, or seeds for another number of pictures.
@@ -478,18 +479,18 @@ def seed_of(arguments: Mapping[str, Any]) -> Any:
         raise InputError("seed and generator are both given", remedy="pass one of the two")
     if arguments["save_run"] is not None and seed is None and generator is None:
         return int(torch.randint(2**63 - 1, ()))
-    check_batch("seed", seed, prompt_count(arguments) * arguments["num_images_per_prompt"])
+    check_batch("seed", seed, count)
     return seed
 
 
-def sources_of_noise(arguments: Mapping[str, Any]) -> Any:
-    """What a call draws noise from: its `generator`, or of its `seed` one source for each picture."""
+def sources_of_noise(arguments: Mapping[str, Any], count: int) -> Any:
+    """What a call that makes `count` pictures draws noise from: its `generator`, or of its `seed` one source for each."""
     seed = arguments["seed"]
     if seed is None:
         return fresh(arguments["generator"])
     if isinstance(seed, list):
         return [CounterNoise(one) for one in cast(list[int], seed)]
-    return [CounterNoise(seed, image) for image in range(prompt_count(arguments) * arguments["num_images_per_prompt"])]
+    return [CounterNoise(seed, image) for image in range(count)]
 
 
 # ---------------------------------------------------------------- the decorator
@@ -523,12 +524,12 @@ def recipe(call: _Call) -> _Call:
         for name, value in arguments.items():
             ARGUMENTS[name].check(name, value)
         check_components(self, arguments)
-        check_prompts(arguments)
-        check_second_prompts(arguments)
+        self.check_call(arguments)
         check_callback_names(self, arguments)
-        arguments["seed"] = seed_of(arguments)
+        count = self.pictures_of(arguments)
+        arguments["seed"] = seed_of(arguments, count)
         writer = RunWriter.of(self, arguments)
-        arguments["generator"] = sources_of_noise(arguments)
+        arguments["generator"] = sources_of_noise(arguments, count)
         with self.running(arguments) as run, torch.no_grad():
             run.writer = writer
             return call(self, **arguments)

@@ -202,6 +202,13 @@ class DiffusionPipeline(FromSingleFileMixin, PlacedModels, ConfigMixin, PushToHu
         """Names of the components that a call with these arguments cannot do without."""
         return [name for name in self.component_names() if name not in self._optional_components]
 
+    def check_call(self, arguments: dict[str, Any]) -> None:
+        """Raise `InputError` unless the arguments of a call, each of which is as it may be, go together."""
+
+    def pictures_of(self, arguments: dict[str, Any]) -> int:
+        """How many pictures, or whatever the pipeline makes, a call makes at once."""
+        return arguments.get("batch_size", 1)
+
     @property
     def components(self) -> dict[str, Any]:
         """The components by name: `OtherPipeline(**pipe.components)` shares them."""

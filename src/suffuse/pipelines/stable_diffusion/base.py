@@ -25,7 +25,7 @@ from suffuse.errors import ConfigError, InputError
 from suffuse.layers.low_rank import scaled
 from suffuse.noise import Generators, randn_tensor
 from suffuse.outputs import BaseOutput
-from suffuse.pipelines.arguments import check_batch, check_pixels, check_shape, prompt_count
+from suffuse.pipelines.arguments import check_batch, check_pixels, check_prompts, check_second_prompts, check_shape, prompt_count
 from suffuse.pipelines.pipeline import DiffusionPipeline, Run
 from suffuse.processing.image import VaeImageProcessor
 
@@ -130,6 +130,15 @@ class StableDiffusionBase(LoraLoaderMixin, TextualInversionLoaderMixin, Diffusio
         """UNet and scheduler, and the autoencoder where there are pictures; the text encoder is missed when there is text."""
         pictures = arguments["output_type"] != "latent" or arguments.get("image") is not None
         return ["unet", "scheduler", *(["vae"] if pictures else [])]
+
+    def check_call(self, arguments: dict[str, Any]) -> None:
+        """Raise `InputError` unless prompts, and what stands for them, go together."""
+        check_prompts(arguments)
+        check_second_prompts(arguments)
+
+    def pictures_of(self, arguments: dict[str, Any]) -> int:
+        """How many pictures a call makes at once."""
+        return prompt_count(arguments) * arguments["num_images_per_prompt"]
 
     # ------------------------------------------------------------ prompts and guidance
 
@@ -343,8 +352,7 @@ class StableDiffusionBase(LoraLoaderMixin, TextualInversionLoaderMixin, Diffusio
     def unchanged(self, pictures: Tensor) -> Any:
         """What a strength of 0 gives: the pictures themselves, as many as were asked for."""
         arguments = self._run.arguments
-        batch = prompt_count(arguments) * arguments["num_images_per_prompt"]
-        pictures = torch.cat([pictures] * repeats(batch, pictures, "image"))
+        pictures = torch.cat([pictures] * repeats(self.pictures_of(arguments), pictures, "image"))
         if pictures.shape[1] == self.latent_channels or arguments["output_type"] == "latent":
             return self.finish(self.encode_pictures(pictures, self.vae.dtype), self.vae.dtype)
         return self.output(self.image_processor.postprocess(pictures, arguments["output_type"]), None)
