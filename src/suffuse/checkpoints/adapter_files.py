@@ -71,26 +71,29 @@ class Choice:
 
 
 class HeldTensors:
-    """Tensors in memory, as a source; what is read from them is a copy."""
+    """Tensors in memory, as a source; what is read from them is a copy.
 
-    where = IN_MEMORY
+    Args:
+        tensors: By name.
+        where: Where they are from, for messages.
+    """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], where: Path = IN_MEMORY) -> None:
         for name, tensor in tensors.items():
             if not isinstance(name, str) or not isinstance(tensor, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise InputError(
-                    "a dictionary of weights holds something else than named tensors",
+                    f"{where} holds something else than named tensors",
                     found=f"{name!r}: {type(tensor).__name__}",
                     expected="text → torch.Tensor",
                 )
-        self._held = tensors
-        self.tensors = {name: Stored(tuple(tensor.shape), tensor.dtype, IN_MEMORY) for name, tensor in tensors.items()}
+        self._held, self.where = tensors, where
+        self.tensors = {name: Stored(tuple(tensor.shape), tensor.dtype, where) for name, tensor in tensors.items()}
 
     def fill(self, targets: Mapping[str, Tensor]) -> None:
         """Copy; see `Source.fill`."""
         for name, target in targets.items():
             target.copy_(self._held[name].detach())
-            check_finite(IN_MEMORY, name, target)
+            check_finite(self.where, name, target)
 
     def mapped(self, types: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
         """None; see `Source.mapped`."""

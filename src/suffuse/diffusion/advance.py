@@ -37,4 +37,5 @@ def step_options(scheduler: SchedulerMixin, **offered: Any) -> dict[str, Any]:
 
 @functools.cache
 def _step_parameters(scheduler: type[SchedulerMixin]) -> frozenset[str]:
-    return frozenset(inspect.signature(scheduler.step).parameters)
+    # Those of stochastic differential equations have no `step`: their pipelines take it in parts.
+    return frozenset(inspect.signature(scheduler.step).parameters) if hasattr(scheduler, "step") else frozenset()

@@ -122,5 +122,5 @@ class Denoiser:
         for condition in self.conditioners:
             condition(call, step)
         sample = torch.cat([call.sample, *call.channels], dim=1) if call.channels else call.sample
-        output = self.model(sample, call.timestep, **call.kwargs, return_dict=False)[0]
+        output = self.model(sample, timestep=call.timestep, **call.kwargs, return_dict=False)[0]
         return dict(zip(branches, output.chunk(len(branches)), strict=True))

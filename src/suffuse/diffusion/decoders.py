@@ -32,14 +32,19 @@ def decode_latents(vae: Any, latents: Tensor, generator: Any = None, upcast: boo
     Raises:
         NonFiniteError: The autoencoder gave NaN or infinity in float32 too.
     """
-    scaled = _unscaled(vae, latents.float() if upcast else latents).to(torch.float32 if upcast else vae.dtype)
+    return decode(vae, _unscaled(vae, latents.float() if upcast else latents), generator, upcast, **conditions)
+
+
+def decode(vae: Any, latents: Tensor, generator: Any = None, upcast: bool = False, **conditions: Tensor) -> Tensor:
+    """`decode_latents` of latents as the autoencoder made them, which are not scaled."""
+    scaled = latents.to(torch.float32 if upcast else vae.dtype)
     told: dict[str, Any] = {"generator": generator, **conditions}
     if upcast and vae.dtype != torch.float32:
         image = in_float32(vae, "decode", scaled, return_dict=False, **told)[0]
     else:
         image = vae.decode(scaled, return_dict=False, **told)[0]
     if not bool(torch.isfinite(image).all()) and image.dtype in (torch.float16, torch.bfloat16):
-        warnings.warn(f"the autoencoder overflowed in {image.dtype}: decoding once more in float32", stacklevel=4)
+        warnings.warn(f"the autoencoder overflowed in {image.dtype}: decoding once more in float32", stacklevel=5)
         image = in_float32(vae, "decode", scaled, return_dict=False, **told)[0]
     if not bool(torch.isfinite(image).all()):
         raise NonFiniteError(

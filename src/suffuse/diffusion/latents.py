@@ -25,21 +25,32 @@ def encode_image(vae: Any, image: Tensor, generator: Generators = None, upcast: 
         (batch, latent channels, height / factor, width / factor).
     """
     dtype = image.dtype
-    image = image.to(torch.float32 if upcast else vae.dtype)
-
-    def encode(pictures: Tensor) -> Any:
-        return in_float32(vae, "encode", pictures) if upcast and vae.dtype != torch.float32 else vae.encode(pictures)
-
     if isinstance(generator, list):
-        latents = torch.cat([_sample(encode(image[i : i + 1]), generator[i]) for i in range(len(image))])
+        each = [_sample(_encoded(vae, image[i : i + 1], upcast), generator[i]) for i in range(len(image))]
+        latents = torch.cat(each)
     else:
-        latents = _sample(encode(image), generator)
+        latents = _sample(_encoded(vae, image, upcast), generator)
     if upcast:
         latents = latents.to(dtype)
     mean, std = (statistic(vae, name, latents) for name in ("latents_mean", "latents_std"))
     if mean is None or std is None:
         return vae.config.scaling_factor * latents
     return (latents - mean) * vae.config.scaling_factor / std
+
+
+def mean_of_image(vae: Any, image: Tensor, upcast: bool = False) -> Tensor:
+    """Latents of pictures, of which nothing is drawn and which are as large as the autoencoder makes them.
+
+    Args:
+        vae: An autoencoder.
+        image: (batch, 3, height, width) in [-1, 1].
+        upcast: Encode in float32, where the autoencoder is known to overflow.
+
+    Returns:
+        (batch, latent channels, height / factor, width / factor).
+    """
+    encoded = _encoded(vae, image, upcast)
+    return encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
 
 
 def statistic(vae: Any, name: str, like: Tensor) -> Tensor | None:
@@ -64,6 +75,11 @@ def repeats(batch: int, values: Tensor, name: str) -> int:
             remedy="pass one for each prompt, or one for all",
         )
     return batch // len(values)
+
+
+def _encoded(vae: Any, image: Tensor, upcast: bool) -> Any:
+    image = image.to(torch.float32 if upcast else vae.dtype)
+    return in_float32(vae, "encode", image) if upcast and vae.dtype != torch.float32 else vae.encode(image)
 
 
 def _sample(encoded: Any, generator: Source | None) -> Tensor:

@@ -24,6 +24,19 @@ def get_activation(name: str) -> nn.Module:
     return ACTIVATIONS[name.lower()]()
 
 
+class GELU(nn.Module):
+    """A linear layer and a GELU (Hendrycks and Gimpel, 2016); `approximate="tanh"` for its cheaper form."""
+
+    def __init__(self, dim_in: int, dim_out: int, approximate: str = "none") -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim_in, dim_out)
+        self.approximate = approximate
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map (…, dim_in) to (…, dim_out)."""
+        return F.gelu(self.proj(hidden_states), approximate=self.approximate)
+
+
 class GEGLU(nn.Module):
     """A linear layer gated by the GELU of another (Shazeer, 2020, "GLU Variants Improve Transformer", eq. 6)."""
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from suffuse.errors import InputError, MissingPackageError
+from suffuse.layers.image_attention import ImagePrompts
 
 if TYPE_CHECKING:
     from suffuse.layers.attention import Attention
@@ -39,6 +40,7 @@ class Processor:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
+        image_prompts: ImagePrompts | None = None,
     ) -> Tensor:
         """Attend; the arguments are those of `Attention.forward`, with `temb` for a spatial normalisation."""
         residual = hidden_states
@@ -49,6 +51,8 @@ class Processor:
         tokens = given if attn.group_norm is None else attn.group_norm(by_channel).transpose(1, 2)
         query, key, value = self.project(attn, tokens, encoder_hidden_states, given)
         hidden_states = self.attend(attn, query, key, value, _bias(attn, attention_mask, query, key))
+        for prompt in (image_prompts or {}).get(attn, ()):
+            hidden_states = prompt.added(hidden_states, self.attend(attn, query, prompt.key, prompt.value, None))
         hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
         if residual.ndim == 4:
             hidden_states = hidden_states.transpose(-1, -2).reshape(residual.shape)

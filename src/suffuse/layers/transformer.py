@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
 from suffuse.errors import ConfigError, InputError
-from suffuse.layers.activations import GEGLU
+from suffuse.layers.activations import GEGLU, GELU
 from suffuse.layers.attention import Attention
 from suffuse.layers.gradient_checkpointing import Recomputable
 from suffuse.layers.grounding import GatedSelfAttentionDense
@@ -35,14 +37,32 @@ class Context(NamedTuple):
 
 
 NO_CONTEXT = Context()
+FEED_FORWARD: dict[str, Callable[[int, int], nn.Module]] = {
+    "geglu": GEGLU,
+    "gelu": GELU,
+    "gelu-approximate": partial(GELU, approximate="tanh"),
+}
+"""Name of the activation → the first layer, made of the sizes in and out."""
 
 
 class FeedForward(nn.Module):
-    """Two linear layers, the first gated and four times as wide."""
+    """Two linear layers, the first gated, or otherwise activated, and four times as wide.
 
-    def __init__(self, dim: int, dropout: float = 0.0) -> None:
+    Args:
+        dim: Size of a token.
+        dropout: Probability of zeroing between the layers.
+        activation_fn: A name from `FEED_FORWARD`.
+
+    Raises:
+        ConfigError: There is no such activation.
+    """
+
+    def __init__(self, dim: int, dropout: float = 0.0, activation_fn: str = "geglu") -> None:
         super().__init__()
-        self.net = nn.ModuleList([GEGLU(dim, 4 * dim), nn.Dropout(dropout), nn.Linear(4 * dim, dim)])
+        if activation_fn not in FEED_FORWARD:
+            raise ConfigError(f"no feed-forward layer has activation_fn={activation_fn!r}", expected=", ".join(FEED_FORWARD))
+        first = FEED_FORWARD[activation_fn](dim, 4 * dim)
+        self.net = nn.ModuleList([first, nn.Dropout(dropout), nn.Linear(4 * dim, dim)])
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map (…, dim) to (…, dim)."""

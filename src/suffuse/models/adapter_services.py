@@ -254,8 +254,8 @@ def each(weights: Any, names: Sequence[str]) -> list[Any]:
     return list(weights)
 
 
-def block_weights(model: Any, wanted: Wanted) -> Weight:
-    """Weights by block, as one for each place of attention: "down_blocks.1.attentions.0" → 0.5.
+def block_weights(model: Any, wanted: Wanted, default: float = 1.0) -> Weight:
+    """Weights by block, as one for each place of attention: "down_blocks.1.attentions.0" → 0.5; `default` where none is told.
 
     Raises:
         AdapterError: A block or layer is not there, or is given more or fewer numbers than it has.
@@ -263,17 +263,17 @@ def block_weights(model: Any, wanted: Wanted) -> Weight:
     if not isinstance(wanted, Mapping):
         return number("the weight of an adapter", wanted)
     _check_names("", wanted, ("down", "mid", "up"))
-    made = {"mid_block.attentions.0": _numbers("mid", wanted.get("mid"), 1)[0]}
+    made = {"mid_block.attentions.0": _numbers("mid", wanted.get("mid", default), 1)[0]}
     for way in ("down", "up"):
         blocks: list[Any] = list(getattr(model, f"{way}_blocks"))
         layers = [getattr(block, "attentions", None) for block in blocks]
         counts = {f"block_{n}": len(attentions) for n, attentions in enumerate(layers) if attentions is not None}
-        given = wanted.get(way)
+        given = wanted.get(way, default)
         given = given if isinstance(given, Mapping) else dict.fromkeys(counts, given)
         _check_names(f"{way}.", given, counts)
         for block, count in counts.items():
             place = f"{way}_blocks.{block.removeprefix('block_')}.attentions"
-            values = _numbers(f"{way}.{block}", given.get(block), count)
+            values = _numbers(f"{way}.{block}", given.get(block, default), count)
             made |= {f"{place}.{layer}": value for layer, value in enumerate(values)}
     return made
 

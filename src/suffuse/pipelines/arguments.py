@@ -211,10 +211,11 @@ def _shown(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Argument:
-    """What a keyword means, and what it may be."""
+    """What a keyword means, what it may be, and what it is where a recipe does not say."""
 
     description: str
     check: Check = anything
+    default: Any = None
 
 
 ARGUMENTS: dict[str, Argument] = {
@@ -234,17 +235,19 @@ ARGUMENTS: dict[str, Argument] = {
         "What the ControlNet sees, one for all prompts or one for each; for several nets a list with an entry for each net, or "
         "for each prompt a list of such entries."
     ),
+    "controlnet": Argument("A ControlNet for this call, or a list of several; where the pipeline computes."),
     "controlnet_conditioning_scale": Argument(
-        "Multiplies what the ControlNet adds; for several nets a number, or one for each.", each(number())
+        "Multiplies what the ControlNet adds; for several nets a number, or one for each.", each(number()), 1.0
     ),
     "guess_mode": Argument(
         "Let the ControlNet find out what the control picture shows: it acts on the conditional branch only.",
         is_a(bool, spelled="True or False"),
+        False,
     ),
     "control_guidance_start": Argument(
-        "The part of the way after which the ControlNet begins to act, in [0, 1]; or one for each net.", each(number(0, 1))
+        "The part of the way after which the ControlNet begins to act, in [0, 1]; or one for each net.", each(number(0, 1)), 0.0
     ),
-    "control_guidance_end": Argument("The part of the way after which it no longer acts, likewise.", each(number(0, 1))),
+    "control_guidance_end": Argument("The part of the way after which it no longer acts, likewise.", each(number(0, 1)), 1.0),
     "mask_image": Argument("Where to paint: white is painted anew, black is kept. Of the aspect of `image`."),
     "masked_image_latents": Argument(
         "(batch, 4, height / 8, width / 8): latents of the masked picture, if they were made before.", tensor(dimensions=4)
@@ -252,10 +255,15 @@ ARGUMENTS: dict[str, Argument] = {
     "depth_map": Argument(
         "(batch, height, width): depth, in any range; estimated from `image` if None.", tensor(dimensions=3, kind="real")
     ),
-    "adapter_conditioning_scale": Argument(
-        "Multiplies the features of the T2I-Adapter; for several a number, or one for each.", each(number())
+    "adapter": Argument("A T2I-Adapter for this call, or a list of several; where the pipeline computes."),
+    "adapter_image": Argument(
+        "What the T2I-Adapter sees, one for all prompts or one for each; for several a list of one for each."
     ),
-    "adapter_conditioning_factor": Argument("The part of the steps, from the first, in which they are added.", number(0, 1)),
+    "adapter_conditioning_scale": Argument(
+        "Multiplies the features of the T2I-Adapter; for several a number, or one for each.", each(number()), 1.0
+    ),
+    "adapter_conditioning_factor": Argument("The part of the steps, from the first, in which they are added.", number(0, 1), 1.0),
+    "guidance": Argument("How predictions are combined, instead of `guidance_scale`: a value of `suffuse.diffusion.guidance`."),
     "height": Argument("Rows of the picture, a multiple of 8; what the model was trained on, if None.", size),
     "width": Argument("Columns of the picture, likewise.", size),
     "padding_mask_crop": Argument(
@@ -318,6 +326,21 @@ ARGUMENTS: dict[str, Argument] = {
     ),
     "callback": Argument("The older kind: `callback(step, timestep, latents)`, every `callback_steps` steps.", callback),
     "callback_steps": Argument("How often to call the older kind.", optional(whole(1))),
+    # ---- what is drawn from noise alone, or from classes
+    "batch_size": Argument("Pictures made at once, 1 to 1024.", whole(1, 1024)),
+    "class_labels": Argument("What class each picture is of: a whole number, or one for each; where None may be, at random."),
+    "use_clipped_model_output": Argument(
+        "Take the direction of a step from the clipped prediction too; for schedulers that can.",
+        optional(is_a(bool, spelled="True, False or None")),
+    ),
+    "jump_length": Argument("How many timesteps a jump goes back up.", whole(1)),
+    "jump_n_sample": Argument("How often the timesteps of a jump are gone through.", whole(1)),
+    # Editing by instruction.
+    "image_guidance_scale": Argument("How much to favour likeness to the picture; below 1: no guidance at all.", number()),
+    # Painting by example.
+    "example_image": Argument(
+        "A picture of what to paint, one for all or one for each `image`; a tensor is what the feature extractor makes."
+    ),
 }
 """Keyword → what it means and may be. Docstrings, checks and the documentation are filled from here."""
 
@@ -422,6 +445,20 @@ def one_for_each(name: str, value: Any, count: int, what: str) -> list[float]:
     return cast(list[float], value) if isinstance(value, list) else [value] * count
 
 
+def check_place(name: str, model: Any, pipe: Any) -> None:
+    """Raise `InputError` if a model computes in another type than the UNet, or one that came with the call elsewhere."""
+    if model.dtype != pipe.unet.dtype:
+        types = f"{model.dtype} and {pipe.unet.dtype}"
+        raise InputError(f"{name} and UNet compute in two types", found=types, remedy="pipe.to(…) with one for all")
+    held = any(model is own for own in pipe._modules_by_name.values())  # an offloaded one waits elsewhere, and comes
+    if not held and model.device != pipe._execution_device:
+        raise InputError(
+            f"{name} is on another device than the pipeline",
+            found=f"{model.device} and {pipe._execution_device}",
+            remedy=f"{name}.to({str(pipe._execution_device)!r}), or make it a component of the pipeline",
+        )
+
+
 def check_shape(name: str, value: Tensor | None, expected: tuple[int, ...]) -> None:
     """Raise `InputError` unless a tensor, if given, has this shape."""
     if value is not None and tuple(value.shape) != expected:
@@ -496,6 +533,20 @@ def sources_of_noise(arguments: Mapping[str, Any], count: int) -> Any:
 # ---------------------------------------------------------------- the decorator
 
 
+def written_out(call: Callable[..., Any]) -> tuple[inspect.Signature, tuple[str, ...]]:
+    """The signature of a recipe, with the keywords of `**values: Unpack[…]` one by one; and the names of those."""
+    signature = inspect.signature(call)
+    *own, last = signature.parameters.values()
+    if last.kind is not last.VAR_KEYWORD:
+        return signature, ()
+    kinds: dict[str, Any] = call.__globals__[last.annotation.removeprefix("Unpack[").removesuffix("]")].__annotations__
+    further = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=ARGUMENTS[name].default, annotation=kind)
+        for name, kind in kinds.items()
+    ]
+    return signature.replace(parameters=[*own, *further]), tuple(kinds)
+
+
 def recipe(call: _Call) -> _Call:
     """Make a method a pipeline's `__call__`: arguments checked by name, a run begun, no gradients, docstring filled.
 
@@ -503,7 +554,7 @@ def recipe(call: _Call) -> _Call:
         UnknownArgumentError: A keyword the pipeline does not have; the message names the nearest.
         InputError: An argument outside of what it may be. Nothing was computed, no generator was used.
     """
-    signature = inspect.signature(call)
+    signature, values = written_out(call)
     names = [name for name in signature.parameters if name != "self"]
 
     @functools.wraps(call)
@@ -522,7 +573,8 @@ def recipe(call: _Call) -> _Call:
             bound.arguments |= begun.arguments | given | {"resume": begun}
         arguments = {name: _listed(bound.arguments[name]) for name in names}
         for name, value in arguments.items():
-            ARGUMENTS[name].check(name, value)
+            if name not in values or value is not ARGUMENTS[name].default:
+                ARGUMENTS[name].check(name, value)
         check_components(self, arguments)
         self.check_call(arguments)
         check_callback_names(self, arguments)
@@ -536,4 +588,5 @@ def recipe(call: _Call) -> _Call:
 
     lines = [f"    {name}: {ARGUMENTS[name].description}" for name in names]
     checked.__doc__ = "\n".join([inspect.cleandoc(call.__doc__ or ""), "", "Args:", *lines])
+    vars(checked).update(__signature__=signature, values=values)
     return checked  # pyright: ignore[reportReturnType]

@@ -30,6 +30,8 @@ TRANSFORMERS: dict[str, str] = {
     "DPTForDepthEstimation": "DPTForDepthEstimation",
     "CLIPTokenizer": "CLIPTokenizer",
     "CLIPTokenizerFast": "CLIPTokenizer",
+    "BertTokenizer": "BertTokenizer",
+    "BertTokenizerFast": "BertTokenizer",
     # The processors that need Pillow alone; the others want torchvision.
     "CLIPFeatureExtractor": "CLIPImageProcessorPil",
     "CLIPImageProcessor": "CLIPImageProcessorPil",
@@ -48,7 +50,8 @@ DIFFUSERS_CLASSES = tuple(
 """Classes of our own that may be components."""
 
 PIPELINE_MODULES: dict[tuple[str, str], str] = {
-    ("stable_diffusion", "StableDiffusionSafetyChecker"): "suffuse.pipelines.stable_diffusion.safety_checker"
+    ("stable_diffusion", "StableDiffusionSafetyChecker"): "suffuse.pipelines.stable_diffusion.safety_checker",
+    ("latent_diffusion", "LDMBertModel"): "suffuse.pipelines.latent_diffusion.bert",
 }
 """[library, class] of models that belong to one pipeline family → module."""
 
@@ -67,6 +70,9 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "safety_checker": ("forward",),
     "depth_estimator": ("forward",),
     "controlnet": ("dtype", "forward"),
+    "vqvae": ("config.scaling_factor", "decode"),
+    "bert": ("config.hidden_size", "forward"),
+    "transformer": ("config.in_channels", "config.num_embeds_ada_norm", "forward"),
 }
 """Component → what pipelines ask of it, whatever its class."""
 

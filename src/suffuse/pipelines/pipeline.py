@@ -10,7 +10,7 @@ import contextlib
 import inspect
 import os
 import threading
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, ClassVar, TypeVar
@@ -31,7 +31,7 @@ from suffuse.diffusion.advance import GuidedStep, step_options
 from suffuse.diffusion.conditioning import Conditioner, Conditioning, Denoiser
 from suffuse.diffusion.guidance import ClassifierFreeGuidance, Guidance
 from suffuse.diffusion.hooks import CallbackOnStepEnd, CountNoise, EndWhen, OnWholeSteps, WatchNumbers
-from suffuse.diffusion.loop import Hook, Step, denoise
+from suffuse.diffusion.loop import Advance, Hook, Step, denoise
 from suffuse.errors import ConfigError, InputError, unknown_argument
 from suffuse.hub.options import HUB_KEYWORDS, HubOptions
 from suffuse.hub.publishing import PushToHubMixin, publish
@@ -59,6 +59,8 @@ from suffuse.processing.image import VaeImageProcessor
 from suffuse.schedulers.scheduler import SchedulerMixin
 
 _Pipeline = TypeVar("_Pipeline", bound="DiffusionPipeline")
+STEP_OPTIONS = ("eta", "use_clipped_model_output", "generator")
+"""Arguments of a call that are handed to the scheduler's step, if it takes them."""
 
 
 @dataclass
@@ -146,12 +148,14 @@ class DiffusionPipeline(FromSingleFileMixin, PlacedModels, ConfigMixin, PushToHu
 
     Class attributes:
         _optional_components: Components that may be None.
+        _settings: Parameters of `__init__` that may be None and are no components.
         _load_connected_pipes: Components may come from other checkpoints, which the model card names.
         _callback_tensor_inputs: Tensors that callbacks may ask for.
     """
 
     config_name = "model_index.json"
     _optional_components: ClassVar[list[str]] = []
+    _settings: ClassVar[tuple[str, ...]] = ()
     _load_connected_pipes: ClassVar[bool] = False
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
 
@@ -195,7 +199,7 @@ class DiffusionPipeline(FromSingleFileMixin, PlacedModels, ConfigMixin, PushToHu
         return [
             name
             for name, parameter in cls.parameters_of_init().items()
-            if parameter.default is inspect.Parameter.empty or parameter.default is None
+            if parameter.default is inspect.Parameter.empty or (parameter.default is None and name not in cls._settings)
         ]
 
     def needed_components(self, arguments: dict[str, Any]) -> list[str]:
@@ -478,8 +482,19 @@ class DiffusionPipeline(FromSingleFileMixin, PlacedModels, ConfigMixin, PushToHu
         num_inference_steps: int,
         conditioners: Sequence[Conditioner],
         hooks: Sequence[Hook] = (),
+        advance: Callable[[Denoiser, Guidance, SchedulerMixin, dict[str, Any]], Advance] = GuidedStep,
     ) -> Tensor:
         """Walk latents down the timesteps, with the progress bar, the callbacks and the step options of the call.
+
+        Args:
+            model: What predicts.
+            conditioning: The tensors of the run.
+            latents: To begin with.
+            timesteps: The way.
+            num_inference_steps: How many steps of the solver it is.
+            conditioners: What the model sees.
+            hooks: What acts between the steps.
+            advance: How a step is taken, made of denoiser, guidance, scheduler and the options of the scheduler's step.
 
         Raises:
             NonFiniteError: The latents became NaN or infinite; names the step.
@@ -488,8 +503,8 @@ class DiffusionPipeline(FromSingleFileMixin, PlacedModels, ConfigMixin, PushToHu
         # Half precision overflows on the way, and the step is worth knowing; else one look at the end does.
         watched = [numbers] if latents.dtype.itemsize < 4 else []
         scheduler, arguments = run.scheduler, run.arguments
-        options = step_options(scheduler, eta=arguments["eta"], generator=arguments["generator"])
-        advance = GuidedStep(Denoiser(model, scheduler, conditioning, conditioners), run.guidance, scheduler, options)
+        options = step_options(scheduler, **{name: arguments[name] for name in STEP_OPTIONS if name in arguments})
+        take = advance(Denoiser(model, scheduler, conditioning, conditioners), run.guidance, scheduler, options)
         run.num_timesteps, run.num_inference_steps, begin = len(timesteps), num_inference_steps, 0
         if arguments["resume"] is not None:
             latents, begin = arguments["resume"].restore(scheduler, latents, timesteps, arguments["generator"])
@@ -499,14 +514,15 @@ class DiffusionPipeline(FromSingleFileMixin, PlacedModels, ConfigMixin, PushToHu
         with self.progress_bar(total=num_inference_steps, initial=begin // scheduler.order) as bar:
             told = self.callbacks(run, conditioning, num_inference_steps, bar)
             acting = [EndWhen(lambda: run.interrupt), CountNoise(arguments["generator"]), *hooks, *watched, *told, *saved]
-            latents = denoise(latents, timesteps, advance, acting, begin)
+            latents = denoise(latents, timesteps, take, acting, begin)
         numbers.check(latents, type(model).__name__)
         return latents
 
     def callbacks(self, run: Run, conditioning: Conditioning, num_inference_steps: int, bar: Any) -> list[Hook]:
         """The hooks that tell the outside of each step, in the order they are called."""
         order, arguments = run.scheduler.order, run.arguments
-        function, older, every = arguments["callback_on_step_end"], arguments["callback"], arguments["callback_steps"] or 1
+        function, older = arguments["callback_on_step_end"], arguments.get("callback")
+        every = arguments.get("callback_steps") or 1
 
         def tell(step: Step) -> None:
             bar.update()

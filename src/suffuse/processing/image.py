@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -37,6 +37,24 @@ ImageInput: TypeAlias = "Image.Image | np.ndarray | Tensor | Sequence[Image.Imag
 
 Box: TypeAlias = "tuple[int, int, int, int]"
 """(left, top, right, bottom) in pixels."""
+
+ResizeMode: TypeAlias = Literal["default", "fill", "crop"]
+
+
+class Frame(NamedTuple):
+    """The rectangle that a call fills, and how pictures are brought into it: `preprocess(image, *frame)`.
+
+    Attributes:
+        height: Rows of what is made.
+        width: Columns.
+        resize_mode: "fill" and "crop" keep the aspect of PIL pictures.
+        crops_coords: Of PIL pictures, what to cut out first.
+    """
+
+    height: int
+    width: int
+    resize_mode: ResizeMode = "default"
+    crops_coords: Box | None = None
 
 
 class VaeImageProcessor(ConfigMixin):
@@ -84,7 +102,7 @@ class VaeImageProcessor(ConfigMixin):
         image: ImageInput | None,
         height: int | None = None,
         width: int | None = None,
-        resize_mode: Literal["default", "fill", "crop"] = "default",
+        resize_mode: ResizeMode = "default",
         crops_coords: Box | None = None,
         name: str = "image",
     ) -> Tensor:
@@ -136,7 +154,7 @@ class VaeImageProcessor(ConfigMixin):
         height, width = rows if height is None else height, columns if width is None else width
         return height - height % factor, width - width % factor
 
-    def resize(self, image: Any, height: int, width: int, resize_mode: Literal["default", "fill", "crop"] = "default") -> Any:
+    def resize(self, image: Any, height: int, width: int, resize_mode: ResizeMode = "default") -> Any:
         """Resize a PIL picture, a batch of arrays (batch, height, width, channels), or of tensors.
 
         "fill" fits the whole picture in and repeats its edges around it; "crop" fills the frame and cuts what stands over.

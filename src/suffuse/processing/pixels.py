@@ -50,6 +50,11 @@ def listed(image: Any, name: str) -> list[Any]:
     return items
 
 
+def flattened(image: Any) -> list[Any]:
+    """Pictures out of lists of lists of them."""
+    return [item for each in image for item in flattened(each)] if isinstance(image, (list, tuple)) else [image]
+
+
 def edges(image: Any, name: str) -> tuple[int, int]:
     """(height, width) of the first of the pictures, turned as its EXIF says.
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
 from suffuse.pipelines.controlnet.controlled_xl import ControlledXL
+from suffuse.pipelines.features import BesideControl
 from suffuse.pipelines.saved_run import SavedRun
 from suffuse.pipelines.stable_diffusion.drawing import Drawing
 from suffuse.processing.image import ImageInput
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class StableDiffusionXLControlNetImg2ImgPipeline(ControlledXL, Drawing):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -65,6 +69,7 @@ class StableDiffusionXLControlNetImg2ImgPipeline(ControlledXL, Drawing):  # pyri
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
+        **values: Unpack[BesideControl],
     ) -> Any:
         """Redraw pictures as prompts say and control pictures show.
 
@@ -76,5 +81,4 @@ class StableDiffusionXLControlNetImg2ImgPipeline(ControlledXL, Drawing):  # pyri
             NonFiniteError: The numbers overflowed; says where, and what to do.
         """
         self._run.guidance = self.guidance_for(guidance_scale)
-        pictures = self.image_processor.preprocess(image, height, width)
-        return self.redraw(pictures, self.controls("control_image", height, width, self.size_of(pictures)))
+        return self.redraw(self.image_processor.preprocess(image, height, width))

@@ -4,54 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from suffuse.errors import InputError
 from suffuse.noise import Generators, Seeds
-from suffuse.pipelines.arguments import check_pixels, recipe
+from suffuse.pipelines.arguments import recipe
 from suffuse.pipelines.controlnet.controlled import Controlled
+from suffuse.pipelines.features import BesideControl
 from suffuse.pipelines.saved_run import SavedRun
 from suffuse.pipelines.stable_diffusion.painting import Painting
 from suffuse.processing.image import ImageInput
-from suffuse.processing.pixels import edges
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
-class ControlledPainting(Controlled, Painting):
-    """The verbs of inpainting under control."""
-
-    def paint_controlled(self, height: int | None, width: int | None) -> Any:
-        """The recipe of inpainting under control, once the guidance of the run is set.
-
-        Args:
-            height: Rows of the picture; its own, cut to whole latents, if None.
-            width: Columns, likewise.
-
-        Returns:
-            The result of the call.
-        """
-        own, factor = edges(self._run.arguments["image"], "image"), self.vae_scale_factor
-        rows, columns = height or own[0] - own[0] % factor, width or own[1] - own[1] % factor
-        check_pixels(rows, columns)
-        frame = self.frame(rows, columns)
-        crop = frame["crops_coords"]
-        if crop is not None:
-            height, width = rows, columns
-            self.check_crops(own)
-        return self.paint(frame, self.controls("control_image", height, width, (rows, columns), crop, frame["resize_mode"]))
-
-    def check_crops(self, own: tuple[int, int]) -> None:
-        """Raise `InputError` unless the control pictures, of which the same is cropped, have the size of the picture."""
-        sizes = {edges(image, "control_image") for image in self.images_of_nets("control_image")}
-        if sizes != {own}:
-            raise InputError(
-                "padding_mask_crop needs a control_image of the size of image",
-                found=f"(height, width) of {', '.join(map(str, sizes))} and {own}",
-            )
-
-
-class StableDiffusionControlNetInpaintPipeline(ControlledPainting):
+class StableDiffusionControlNetInpaintPipeline(Controlled, Painting):
     """Pictures painted anew where a mask is white, under control of further pictures."""
 
     @recipe
@@ -90,6 +59,7 @@ class StableDiffusionControlNetInpaintPipeline(ControlledPainting):
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
+        **values: Unpack[BesideControl],
     ) -> Any:
         """Paint pictures anew where the mask is white, as prompts say and control pictures show.
 
@@ -101,4 +71,4 @@ class StableDiffusionControlNetInpaintPipeline(ControlledPainting):
             NonFiniteError: The numbers overflowed; says where, and what to do.
         """
         self._run.guidance = self.guidance_for(guidance_scale)
-        return self.paint_controlled(height, width)
+        return self.paint(*self.size_by("image", height, width))

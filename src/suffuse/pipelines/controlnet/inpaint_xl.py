@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
 from suffuse.pipelines.controlnet.controlled_xl import ControlledXL
-from suffuse.pipelines.controlnet.inpaint import ControlledPainting
+from suffuse.pipelines.features import BesideControl
 from suffuse.pipelines.saved_run import SavedRun
+from suffuse.pipelines.stable_diffusion.painting import Painting
 from suffuse.processing.image import ImageInput
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-class StableDiffusionXLControlNetInpaintPipeline(ControlledXL, ControlledPainting):  # pyright: ignore[reportIncompatibleMethodOverride]
+
+class StableDiffusionXLControlNetInpaintPipeline(ControlledXL, Painting):  # pyright: ignore[reportIncompatibleMethodOverride]
     """Pictures painted anew where a mask is white, under control of further pictures."""
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->unet->vae"
@@ -69,6 +73,7 @@ class StableDiffusionXLControlNetInpaintPipeline(ControlledXL, ControlledPaintin
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
+        **values: Unpack[BesideControl],
     ) -> Any:
         """Paint pictures anew where the mask is white, as prompts say and control pictures show.
 
@@ -80,4 +85,4 @@ class StableDiffusionXLControlNetInpaintPipeline(ControlledXL, ControlledPaintin
             NonFiniteError: The numbers overflowed; says where, and what to do.
         """
         self._run.guidance = self.guidance_for(guidance_scale, guidance_rescale)
-        return self.paint_controlled(height, width)
+        return self.paint(*self.size_by("image", height, width))

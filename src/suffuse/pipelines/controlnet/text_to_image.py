@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
 from suffuse.pipelines.controlnet.controlled import Controlled
+from suffuse.pipelines.features import BesideControl
 from suffuse.pipelines.saved_run import SavedRun
 from suffuse.pipelines.stable_diffusion.drawing import Drawing
 from suffuse.processing.image import ImageInput
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 
 class StableDiffusionControlNetPipeline(Controlled, Drawing):
     """Pictures from prompts and control pictures."""
+
+    control_name = "image"
 
     prepare_image = Controlled.prepare_control_image
 
@@ -54,6 +60,7 @@ class StableDiffusionControlNetPipeline(Controlled, Drawing):
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
+        **values: Unpack[BesideControl],
     ) -> Any:
         """Draw what prompts say and control pictures show.
 
@@ -65,5 +72,4 @@ class StableDiffusionControlNetPipeline(Controlled, Drawing):
             NonFiniteError: The numbers overflowed; says where, and what to do.
         """
         self._run.guidance = self.guidance_for(guidance_scale)
-        controls = self.controls("image", height, width)
-        return self.draw(*controls[0].size, controls)
+        return self.draw(*self.size_by("image", height, width))

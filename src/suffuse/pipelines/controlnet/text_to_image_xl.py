@@ -11,6 +11,7 @@ from torch import Tensor
 from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
 from suffuse.pipelines.controlnet.controlled_xl import ControlledXL
+from suffuse.pipelines.features import BesideControl
 from suffuse.pipelines.saved_run import SavedRun
 from suffuse.pipelines.stable_diffusion.drawing import Drawing
 from suffuse.processing.image import ImageInput
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         CLIPTokenizer,
         CLIPVisionModelWithProjection,
     )
+    from typing_extensions import Unpack
 
     from suffuse.models.autoencoder_kl import AutoencoderKL
     from suffuse.models.controlnet import ControlNetModel, MultiControlNetModel
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 class StableDiffusionXLControlNetPipeline(ControlledXL, Drawing):  # pyright: ignore[reportIncompatibleMethodOverride]
     """Pictures from prompts and control pictures."""
+
+    control_name = "image"
 
     prepare_image = ControlledXL.prepare_control_image
     _negative_ids = "negative_add_time_ids"
@@ -99,6 +103,7 @@ class StableDiffusionXLControlNetPipeline(ControlledXL, Drawing):  # pyright: ig
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
+        **values: Unpack[BesideControl],
     ) -> Any:
         """Draw what prompts say and control pictures show.
 
@@ -110,5 +115,4 @@ class StableDiffusionXLControlNetPipeline(ControlledXL, Drawing):  # pyright: ig
             NonFiniteError: The numbers overflowed; says where, and what to do.
         """
         self._run.guidance = self.guidance_for(guidance_scale)
-        controls = self.controls("image", height, width)
-        return self.draw(*controls[0].size, controls)
+        return self.draw(*self.size_by("image", height, width))

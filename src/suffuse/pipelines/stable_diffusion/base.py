@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from suffuse.adapters.ip_adapter import MASKS, IPAdapterMixin, image_prompts
 from suffuse.adapters.lora import LoraLoaderMixin
 from suffuse.adapters.textual_inversion import TextualInversionLoaderMixin
 from suffuse.configuration import check_type
@@ -26,8 +28,10 @@ from suffuse.layers.low_rank import scaled
 from suffuse.noise import Generators, randn_tensor
 from suffuse.outputs import BaseOutput
 from suffuse.pipelines.arguments import check_batch, check_pixels, check_prompts, check_second_prompts, check_shape, prompt_count
+from suffuse.pipelines.features import check_features, values_of
 from suffuse.pipelines.pipeline import DiffusionPipeline, Run
-from suffuse.processing.image import VaeImageProcessor
+from suffuse.processing.image import Frame, VaeImageProcessor
+from suffuse.processing.pixels import edges, flattened
 
 if TYPE_CHECKING:
     from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
@@ -50,7 +54,7 @@ class StableDiffusionPipelineOutput(BaseOutput):
     nsfw_content_detected: list[bool] | None
 
 
-class StableDiffusionBase(LoraLoaderMixin, TextualInversionLoaderMixin, DiffusionPipeline):
+class StableDiffusionBase(LoraLoaderMixin, TextualInversionLoaderMixin, IPAdapterMixin, DiffusionPipeline):
     """The verbs of Stable Diffusion: encode prompts, make noise, denoise, decode."""
 
     model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
@@ -135,6 +139,7 @@ class StableDiffusionBase(LoraLoaderMixin, TextualInversionLoaderMixin, Diffusio
         """Raise `InputError` unless prompts, and what stands for them, go together."""
         check_prompts(arguments)
         check_second_prompts(arguments)
+        check_features(self, arguments)
 
     def pictures_of(self, arguments: dict[str, Any]) -> int:
         """How many pictures a call makes at once."""
@@ -143,7 +148,10 @@ class StableDiffusionBase(LoraLoaderMixin, TextualInversionLoaderMixin, Diffusio
     # ------------------------------------------------------------ prompts and guidance
 
     def guidance_for(self, scale: float, rescale: float = 0.0) -> Guidance:
-        """How this UNet is guided: by its own embedding of the scale if it was distilled so, else classifier-free."""
+        """How the call is guided: as it says, or by the UNet's own embedding of the scale if it has one, else classifier-free."""
+        given = self._run.arguments.get("guidance")
+        if given is not None:
+            return copy.deepcopy(given)  # what a guidance remembers belongs to the run
         embedded = self.unet.config.time_cond_proj_dim is not None
         return EmbeddedGuidance(scale, rescale) if embedded else ClassifierFreeGuidance(scale, rescale)
 
@@ -227,17 +235,20 @@ class StableDiffusionBase(LoraLoaderMixin, TextualInversionLoaderMixin, Diffusio
     def conditioners(self, conditioning: Conditioning) -> list[Conditioner]:
         """What the UNet of the run sees: the prompts, and what the call asks to hand on."""
         run = self._run
-        if run.arguments.get("ip_adapter_image") is not None:
-            raise InputError("ip_adapter_image is given and no IP-Adapter is loaded", remedy="leave it out")
         keywords: dict[str, Any] = {}
-        if run.cross_attention_kwargs:
-            self.unet.check_cross_attention_kwargs(run.cross_attention_kwargs)
-            keywords["cross_attention_kwargs"] = run.cross_attention_kwargs
+        options = {name: value for name, value in (run.cross_attention_kwargs or {}).items() if name != MASKS}
+        if options:
+            self.unet.check_cross_attention_kwargs(options)
+            keywords["cross_attention_kwargs"] = options
         if self.unet.config.time_cond_proj_dim is not None:
             scale = torch.tensor(run.guidance.scale - 1).repeat(conditioning.batch)
             embedding = self.get_guidance_scale_embedding(scale, self.unet.config.time_cond_proj_dim)
             keywords["timestep_cond"] = embedding.to(self._execution_device, self.unet.dtype)
-        return [text, Keywords(keywords)] if keywords else [text]
+        return [text, Keywords(keywords), *image_prompts(self)]
+
+    def further(self, frame: Frame) -> list[Conditioner]:
+        """What the UNet sees of the values that came with the call, to fill a frame."""
+        return values_of(self, frame)
 
     def get_guidance_scale_embedding(self, w: Tensor, embedding_dim: int = 512, dtype: torch.dtype = torch.float32) -> Tensor:
         """Sinusoidal embedding of guidance scales: (batch,) → (batch, embedding_dim)."""
@@ -262,6 +273,20 @@ class StableDiffusionBase(LoraLoaderMixin, TextualInversionLoaderMixin, Diffusio
         trained: Any = sample if isinstance(sample, (list, tuple)) else (sample, sample)
         rows: int = trained[0] * self.vae_scale_factor if height is None else height
         columns: int = trained[1] * self.vae_scale_factor if width is None else width
+        check_pixels(rows, columns)
+        return rows, columns
+
+    def size_by(self, name: str, height: int | None, width: int | None, factor: int | None = None) -> tuple[int, int]:
+        """(height, width) asked for; for what is missing, that of the first picture of an argument, cut to multiples of `factor`.
+
+        Raises:
+            InputError: It is missing, and there is no picture.
+            LimitError: They are larger than any picture that is decoded.
+        """
+        image = self._run.arguments[name]
+        factor = self.vae_scale_factor if factor is None else factor
+        own = edges(next(iter(flattened(image)), image), name)
+        rows, columns = (asked or edge - edge % factor for asked, edge in zip((height, width), own, strict=True))
         check_pixels(rows, columns)
         return rows, columns
 

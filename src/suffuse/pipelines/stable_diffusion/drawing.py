@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from suffuse.diffusion.conditioning import Conditioner
 from suffuse.pipelines.arguments import check_shape
 from suffuse.pipelines.stable_diffusion.base import StableDiffusionBase
+from suffuse.processing.image import Frame
 
 
 class Drawing(StableDiffusionBase):
     """The verbs of drawing."""
 
-    def draw(self, height: int, width: int, further: Sequence[Conditioner] = ()) -> Any:
+    def draw(self, height: int, width: int) -> Any:
         """The recipe of every pipeline that begins with noise, once the guidance of the run is set.
 
         Args:
             height: Rows of the picture.
             width: Columns.
-            further: What the UNet sees besides what it always does.
 
         Returns:
             The result of the call.
         """
+        further = self.further(Frame(height, width))
         way, steps = self.way()
         conditioning = self.encode()
         conditioners = [*self.conditioners(conditioning), *further]
@@ -34,12 +33,11 @@ class Drawing(StableDiffusionBase):
         noisy = noise * self._run.scheduler.init_noise_sigma
         return self.finish(self.denoise(self.unet, conditioning, noisy, way, steps, conditioners), dtype)
 
-    def redraw(self, pictures: Tensor, further: Sequence[Conditioner] = ()) -> Any:
+    def redraw(self, pictures: Tensor) -> Any:
         """The recipe of every pipeline that begins with a picture, once the guidance of the run is set.
 
         Args:
             pictures: (batch, 3, height, width) in [-1, 1], or latents.
-            further: What the UNet sees besides what it always does.
 
         Returns:
             The result of the call.
@@ -48,6 +46,7 @@ class Drawing(StableDiffusionBase):
         latents, resumed = arguments.get("latents"), arguments.get("denoising_start") is not None
         if arguments["strength"] == 0 and not resumed:
             return self.unchanged(pictures)
+        further = self.further(Frame(*self.size_of(pictures)))
         way, steps = self.way()
         conditioning = self.encode()
         conditioners = [*self.conditioners(conditioning), *further]

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
+from suffuse.pipelines.features import BesidePicture
 from suffuse.pipelines.saved_run import SavedRun
 from suffuse.pipelines.stable_diffusion.painting import Painting
 from suffuse.processing.image import ImageInput
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class StableDiffusionInpaintPipeline(Painting):
@@ -58,6 +62,7 @@ class StableDiffusionInpaintPipeline(Painting):
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
+        **values: Unpack[BesidePicture],
     ) -> Any:
         """Paint pictures anew where the mask is white.
 
@@ -69,4 +74,4 @@ class StableDiffusionInpaintPipeline(Painting):
             NonFiniteError: The numbers overflowed; says where, and what to do.
         """
         self._run.guidance = self.guidance_for(guidance_scale)
-        return self.paint(self.frame(*self.default_size(height, width)))
+        return self.paint(*self.default_size(height, width))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from suffuse.diffusion.conditioning import Channels, Conditioner
+from suffuse.diffusion.conditioning import Channels
 from suffuse.diffusion.hooks import KeepUnmasked
 from suffuse.diffusion.latents import repeats
 from suffuse.diffusion.loop import Hook
@@ -20,7 +19,7 @@ from suffuse.models.autoencoder_asymmetric_kl import AsymmetricAutoencoderKL
 from suffuse.noise import belongs_to_images
 from suffuse.pipelines.arguments import check_shape
 from suffuse.pipelines.stable_diffusion.base import StableDiffusionBase
-from suffuse.processing.image import VaeImageProcessor
+from suffuse.processing.image import Frame, VaeImageProcessor
 from suffuse.processing.pixels import edges
 
 
@@ -39,37 +38,39 @@ class Painting(StableDiffusionBase):
             vae_scale_factor=self.vae_scale_factor, do_normalize=False, do_binarize=True, do_convert_grayscale=True
         )
 
-    def frame(self, height: int, width: int) -> dict[str, Any]:
-        """What is painted, in the words of the picture processors: a picture of this size, or a crop of it at this size."""
+    def crop_frame(self, height: int, width: int) -> Frame:
+        """What is painted: a picture of this size, or a crop of it at this size."""
         image, mask_image = self._run.arguments["image"], self._run.arguments["mask_image"]
         check_aspects(image, mask_image)
         crop = self.crop_region(image, mask_image, self._run.arguments["padding_mask_crop"], height, width)
-        return {"height": height, "width": width, "crops_coords": crop, "resize_mode": "fill" if crop else "default"}
+        return Frame(height, width, "fill" if crop else "default", crop)
 
-    def paint(self, frame: dict[str, Any], further: Sequence[Conditioner] = ()) -> Any:
+    def paint(self, height: int, width: int) -> Any:
         """The recipe of every pipeline for inpainting, once the guidance of the run is set.
 
         Args:
-            frame: What is painted.
-            further: What the UNet sees besides what it always does.
+            height: Rows of the picture, or of the crop that is painted.
+            width: Columns.
 
         Returns:
             The result of the call.
         """
+        frame = self.crop_frame(height, width)
         run = self._run
         image, mask_image, latents, strength = (run.arguments[name] for name in ("image", "mask_image", "latents", "strength"))
         masked_image_latents, resumed = (
             run.arguments.get("masked_image_latents"),
             run.arguments.get("denoising_start") is not None,
         )
-        pictures = self.image_processor.preprocess(image, **frame).float()
-        painted = self.mask_processor.preprocess(mask_image, name="mask_image", **frame)
+        pictures = self.image_processor.preprocess(image, *frame).float()
+        painted = self.mask_processor.preprocess(mask_image, *frame, "mask_image")
         if strength == 0 and not resumed:
             return self.unchanged(pictures)
+        further = self.further(frame)
         way, steps = self.way()
         conditioning = self.encode()
         batch, dtype = conditioning.batch, conditioning.tensors["prompt_embeds"].dtype
-        shape = self.latent_shape(batch, frame["height"], frame["width"])
+        shape = self.latent_shape(batch, *frame[:2])
         self.check_noise(shape)
         for name, given in (("image", pictures), ("mask_image", painted), ("masked_image_latents", masked_image_latents)):
             if given is not None:
@@ -92,7 +93,7 @@ class Painting(StableDiffusionBase):
             conditioners.append(Channels(["mask", "masked_image_latents"]))
         painting = self.denoise(self.unet, conditioning, noisy, way, steps, conditioners, hooks)
         images, flagged = self.pictures(painting, dtype, **self.decoder_conditions(pictures, painted, batch, dtype))
-        return self.output(self.laid_back(images, frame["crops_coords"]), flagged)
+        return self.output(self.laid_back(images, frame.crops_coords), flagged)
 
     @property
     def plain(self) -> bool:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
+from suffuse.pipelines.features import Values
 from suffuse.pipelines.saved_run import SavedRun
-from suffuse.pipelines.stable_diffusion.drawing import Drawing
+from suffuse.pipelines.stable_diffusion.composing import Composing
 from suffuse.processing.image import ImageInput
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-class StableDiffusionPipeline(Drawing):
+
+class StableDiffusionPipeline(Composing):
     """Pictures from prompts."""
 
     @recipe
@@ -47,6 +51,7 @@ class StableDiffusionPipeline(Drawing):
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
+        **values: Unpack[Values],
     ) -> Any:
         """Draw what prompts say.
 
@@ -58,4 +63,4 @@ class StableDiffusionPipeline(Drawing):
             NonFiniteError: The numbers overflowed; says where, and what to do.
         """
         self._run.guidance = self.guidance_for(guidance_scale, guidance_rescale)
-        return self.draw(*self.default_size(height, width))
+        return self.compose(height, width)

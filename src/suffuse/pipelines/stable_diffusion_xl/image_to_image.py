@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
+from suffuse.pipelines.features import BesidePicture
 from suffuse.pipelines.saved_run import SavedRun
 from suffuse.pipelines.stable_diffusion.drawing import Drawing
 from suffuse.pipelines.stable_diffusion_xl.base import StableDiffusionXLBase
 from suffuse.processing.image import ImageInput
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class StableDiffusionXLImg2ImgPipeline(StableDiffusionXLBase, Drawing):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -67,6 +71,7 @@ class StableDiffusionXLImg2ImgPipeline(StableDiffusionXLBase, Drawing):  # pyrig
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
+        **values: Unpack[BesidePicture],
     ) -> Any:
         """Redraw pictures as prompts say.
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
+from suffuse.pipelines.features import BesidePicture
 from suffuse.pipelines.saved_run import SavedRun
 from suffuse.pipelines.stable_diffusion.painting import Painting
 from suffuse.pipelines.stable_diffusion_xl.base import StableDiffusionXLBase
 from suffuse.processing.image import ImageInput
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class StableDiffusionXLInpaintPipeline(StableDiffusionXLBase, Painting):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -72,6 +76,7 @@ class StableDiffusionXLInpaintPipeline(StableDiffusionXLBase, Painting):  # pyri
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
+        **values: Unpack[BesidePicture],
     ) -> Any:
         """Paint pictures anew where the mask is white.
 
@@ -83,4 +88,4 @@ class StableDiffusionXLInpaintPipeline(StableDiffusionXLBase, Painting):  # pyri
             NonFiniteError: The numbers overflowed; says where, and what to do.
         """
         self._run.guidance = self.guidance_for(guidance_scale, guidance_rescale)
-        return self.paint(self.frame(*self.default_size(height, width)))
+        return self.paint(*self.default_size(height, width))

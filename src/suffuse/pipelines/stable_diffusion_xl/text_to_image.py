@@ -10,8 +10,9 @@ from torch import Tensor
 
 from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
+from suffuse.pipelines.features import Values
 from suffuse.pipelines.saved_run import SavedRun
-from suffuse.pipelines.stable_diffusion.drawing import Drawing
+from suffuse.pipelines.stable_diffusion.composing import Composing
 from suffuse.pipelines.stable_diffusion_xl.base import StableDiffusionXLBase
 from suffuse.processing.image import ImageInput
 
@@ -23,13 +24,14 @@ if TYPE_CHECKING:
         CLIPTokenizer,
         CLIPVisionModelWithProjection,
     )
+    from typing_extensions import Unpack
 
     from suffuse.models.autoencoder_kl import AutoencoderKL
     from suffuse.models.unet_2d_condition import UNet2DConditionModel
     from suffuse.schedulers.scheduler import SchedulerMixin
 
 
-class StableDiffusionXLPipeline(StableDiffusionXLBase, Drawing):  # pyright: ignore[reportIncompatibleMethodOverride]
+class StableDiffusionXLPipeline(StableDiffusionXLBase, Composing):  # pyright: ignore[reportIncompatibleMethodOverride]
     """Pictures from prompts."""
 
     _callback_tensor_inputs = [
@@ -37,6 +39,7 @@ class StableDiffusionXLPipeline(StableDiffusionXLBase, Drawing):  # pyright: ign
         *("negative_pooled_prompt_embeds", "negative_add_time_ids"),
     ]
     _negative_ids = "negative_add_time_ids"
+    default_strength = {"image": 0.3, "mask_image": 0.9999}
 
     def __init__(
         self,
@@ -96,6 +99,7 @@ class StableDiffusionXLPipeline(StableDiffusionXLBase, Drawing):  # pyright: ign
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
+        **values: Unpack[Values],
     ) -> Any:
         """Draw what prompts say.
 
@@ -107,4 +111,4 @@ class StableDiffusionXLPipeline(StableDiffusionXLBase, Drawing):  # pyright: ign
             NonFiniteError: The numbers overflowed; says where, and what to do.
         """
         self._run.guidance = self.guidance_for(guidance_scale, guidance_rescale)
-        return self.draw(*self.default_size(height, width))
+        return self.compose(height, width)

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
+from suffuse.pipelines.features import BesideAdapter
 from suffuse.pipelines.saved_run import SavedRun
 from suffuse.pipelines.t2i_adapter.adapted import Adapted
 from suffuse.processing.image import ImageInput
 
 if TYPE_CHECKING:
     from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
+    from typing_extensions import Unpack
 
     from suffuse.models.autoencoder_kl import AutoencoderKL
     from suffuse.models.t2i_adapter import MultiAdapter, T2IAdapter
@@ -75,6 +77,7 @@ class StableDiffusionAdapterPipeline(Adapted):
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
+        **values: Unpack[BesideAdapter],
     ) -> Any:
         """Draw what prompts say and control pictures show.
 
@@ -86,5 +89,4 @@ class StableDiffusionAdapterPipeline(Adapted):
             NonFiniteError: The numbers overflowed; says where, and what to do.
         """
         self._run.guidance = self.guidance_for(guidance_scale)
-        height, width, features = self.features(height, width)
-        return self.draw(height, width, [features])
+        return self.draw(*self.size_by("image", height, width, self.adapter.downscale_factor))

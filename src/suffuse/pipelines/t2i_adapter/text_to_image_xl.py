@@ -10,6 +10,7 @@ from torch import Tensor
 
 from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
+from suffuse.pipelines.features import BesideAdapter
 from suffuse.pipelines.saved_run import SavedRun
 from suffuse.pipelines.stable_diffusion_xl.base import StableDiffusionXLBase
 from suffuse.pipelines.t2i_adapter.adapted import Adapted
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         CLIPTokenizer,
         CLIPVisionModelWithProjection,
     )
+    from typing_extensions import Unpack
 
     from suffuse.models.autoencoder_kl import AutoencoderKL
     from suffuse.models.t2i_adapter import MultiAdapter, T2IAdapter
@@ -96,6 +98,7 @@ class StableDiffusionXLAdapterPipeline(StableDiffusionXLBase, Adapted):  # pyrig
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
+        **values: Unpack[BesideAdapter],
     ) -> Any:
         """Draw what prompts say and control pictures show.
 
@@ -107,5 +110,4 @@ class StableDiffusionXLAdapterPipeline(StableDiffusionXLBase, Adapted):  # pyrig
             NonFiniteError: The numbers overflowed; says where, and what to do.
         """
         self._run.guidance = self.guidance_for(guidance_scale, guidance_rescale)
-        height, width, features = self.features(height, width)
-        return self.draw(height, width, [features])
+        return self.draw(*self.size_by("image", height, width, self.adapter.downscale_factor))

@@ -1,0 +1,1 @@
+"""Pictures from noise alone, in the space of pixels."""
