@@ -191,6 +191,13 @@ def each(check: Check) -> Check:
     return check_each
 
 
+def guides(name: str, value: Any) -> None:
+    """Something that asks for branches and combines their predictions."""
+    if not callable(value) or not hasattr(value, "branches"):
+        expected = "a value of suffuse.diffusion.guidance, ClassifierFreeGuidance(7.5) for example"
+        raise InputError(f"{name} combines no predictions", found=_shown(value), expected=expected)
+
+
 def callback(name: str, value: Any) -> None:
     """None, or something that can be called."""
     if value is not None and not callable(value):
@@ -263,7 +270,9 @@ ARGUMENTS: dict[str, Argument] = {
         "Multiplies the features of the T2I-Adapter; for several a number, or one for each.", each(number()), 1.0
     ),
     "adapter_conditioning_factor": Argument("The part of the steps, from the first, in which they are added.", number(0, 1), 1.0),
-    "guidance": Argument("How predictions are combined, instead of `guidance_scale`: a value of `suffuse.diffusion.guidance`."),
+    "guidance": Argument(
+        "How predictions are combined, instead of `guidance_scale`: a value of `suffuse.diffusion.guidance`.", optional(guides)
+    ),
     "height": Argument("Rows of the picture, a multiple of 8; what the model was trained on, if None.", size),
     "width": Argument("Columns of the picture, likewise.", size),
     "padding_mask_crop": Argument(
@@ -563,7 +572,9 @@ def recipe(call: _Call) -> _Call:
             if name not in signature.parameters:
                 raise unknown_argument(type(self).__name__, name, names)
         try:
-            bound = signature.bind(self, *args, **kwargs)
+            # A run that is gone on with has all arguments, those without a default too.
+            bind = signature.bind if kwargs.get("resume") is None else signature.bind_partial
+            bound = bind(self, *args, **kwargs)
         except TypeError as error:
             raise UnknownArgumentError(f"{type(self).__name__}(): {error}", expected=", ".join(names)) from None
         given = {name: value for name, value in bound.arguments.items() if name != "self"}

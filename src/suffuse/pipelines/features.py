@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from suffuse.diffusion.conditioning import Conditioner
 from suffuse.errors import InputError
+from suffuse.models.controlnet import ControlNetModel, MultiControlNetModel
+from suffuse.models.t2i_adapter import MultiAdapter, T2IAdapter
 from suffuse.pipelines.arguments import ARGUMENTS
 from suffuse.pipelines.controlnet.controls import controls, one_model
 from suffuse.pipelines.t2i_adapter.adapters import adapter_features, one_adapter
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from suffuse.diffusion.guidance import Guidance
-    from suffuse.models.controlnet import ControlNetModel, MultiControlNetModel
-    from suffuse.models.t2i_adapter import MultiAdapter, T2IAdapter
 
 
 # ---------------------------------------------------------------- the keywords
@@ -98,7 +98,7 @@ class Feature:
     Attributes:
         name: As people call it.
         asked_by: The keyword that asks for it, or the method that loads it.
-        needs: Keywords without which that one means nothing.
+        needs: Keyword without which that one means nothing → what it may be, or a list of.
         settings: Keywords that mean nothing without it.
         reads: What it sees of a run.
         writes: What it changes: tokens, text, beginning, channels, added conditions, residuals, attention, weights, branches,
@@ -110,7 +110,7 @@ class Feature:
 
     name: str
     asked_by: str
-    needs: tuple[str, ...] = ()
+    needs: Mapping[str, tuple[type[Any], ...]] = field(default_factory=dict[str, tuple[type[Any], ...]])
     settings: tuple[str, ...] = ()
     reads: frozenset[str] = frozenset()
     writes: frozenset[str] = frozenset()
@@ -148,14 +148,14 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "inpainting",
         "mask_image",
-        needs=("image",),
+        needs={"image": (object,)},
         settings=("strength", "masked_image_latents", "padding_mask_crop"),
         writes=frozenset({"beginning", "channels", "latents between steps"}),
     ),
     Feature(
         "ControlNet",
         "control_image",
-        needs=("controlnet",),
+        needs={"controlnet": (ControlNetModel, MultiControlNetModel)},
         settings=_NET,
         reads=frozenset({"text", "added conditions"}),
         writes=frozenset({"residuals"}),
@@ -165,17 +165,18 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "T2I-Adapter",
         "adapter_image",
-        needs=("adapter",),
+        needs={"adapter": (T2IAdapter, MultiAdapter)},
         settings=_ADAPTER,
         writes=frozenset({"residuals"}),
         values=_adapters,
         size=_adapter_size,
     ),
-    Feature("IP-Adapter", "load_ip_adapter", writes=frozenset({"attention"})),
     Feature("guidance", "guidance", writes=frozenset({"branches"})),
     Feature("LoRA", "load_lora_weights", writes=frozenset({"weights"})),
     Feature("textual inversion", "load_textual_inversion", writes=frozenset({"tokens"})),
     Feature("FreeU", "enable_freeu", writes=frozenset({"skip connections"})),
+    Feature("weighted prompts", "prompt", reads=frozenset({"tokens"}), writes=frozenset({"text"})),
+    Feature("clip skip", "clip_skip", writes=frozenset({"text"})),
 )
 
 
@@ -197,9 +198,14 @@ def check_features(pipe: Any, arguments: Mapping[str, Any]) -> None:
     """Raise `InputError` if a feature lacks what it needs, a setting has no feature, or two features cannot work together."""
     asked = asked_features(pipe, arguments)
     for feature in asked:
-        for need in feature.needs:
-            if arguments[need] is None:
+        for need, kinds in feature.needs.items():
+            given = arguments[need]
+            if given is None:
                 raise InputError(f"{feature.asked_by} is given and no {need}", remedy=f"pass {need}=… too")
+            for one in given if isinstance(given, list) else [given]:
+                if not isinstance(one, kinds):
+                    expected = " or ".join(kind.__name__ for kind in kinds)
+                    raise InputError(f"{need} is no {feature.name}", found=type(one).__name__, expected=f"{expected}, or a list")
     means = {name for feature in asked for name in (feature.asked_by, *feature.needs, *feature.settings)}
     for name in pipe.__call__.values:
         if name not in means and not _is_default(name, arguments[name]):

@@ -39,8 +39,9 @@ FORMAT = 1
 """The version of what the entry of metadata holds."""
 OF_THE_CALL = (
     "save_run", "resume", "callback", "callback_steps", "callback_on_step_end", "callback_on_step_end_tensor_inputs",
+    "controlnet", "adapter",
 )  # fmt: skip
-"""Arguments that belong to a call and not to the picture: the next call passes its own."""
+"""Arguments that belong to a call and not to the picture, and models: the next call passes its own."""
 _TYPES = {
     "str": str, "str | None": (str, type(None)), "dict[str, Any]": dict, "int": int, "Tensor": Tensor, "list[Tensor]": list,
 }  # fmt: skip
