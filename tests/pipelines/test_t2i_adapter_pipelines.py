@@ -195,3 +195,10 @@ def test_what_cannot_be():
         suffuse.StableDiffusionAdapterPipeline(
             **{**one.components, "adapter": suffuse.T2IAdapter()}, requires_safety_checker=False
         )
+
+
+def test_an_adapter_for_another_autoencoder_is_refused():
+    pipe = pair("text", "full")[1]
+    wrong = suffuse.T2IAdapter(num_res_blocks=1, channels=[32, 64], downscale_factor=4).eval()
+    with pytest.raises(InputError, match=r"features of other sizes(.|\n)*\(16, 16\) for the block 0, which has \(32, 32\)"):
+        suffuse.StableDiffusionAdapterPipeline.from_pipe(pipe, adapter=wrong)("a cat", image=picture())

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import io
 import re
 import secrets
-import warnings
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from suffuse.checkpoints.bundle import DEFAULT, SETTINGS, bundled
+from suffuse.cli import features
 from suffuse.cli.loading import loaded, made_with, pipeline_for, quiet, usable_device
-from suffuse.cli.picture import check_writable, destination, write_picture
+from suffuse.cli.picture import check_writable, destination, opened, write_picture
 from suffuse.errors import InputError, nearest
 from suffuse.public_names import PUBLIC, resolve
 from suffuse.schedulers.catalogue import CATALOGUE
@@ -87,6 +86,16 @@ def generate(
     seed: Annotated[
         int | None, typer.Option("--seed", min=0, max=2**63, help="The same seed gives the same picture; drawn if left out.")
     ] = None,
+    lora: features.Loras = None,
+    embedding: features.Words = None,
+    controlnet: features.ControlNets = None,
+    control: features.Controls = None,
+    control_scale: features.ControlScales = None,
+    t2i_adapter: features.Adapter = None,
+    adapter_image: features.AdapterImage = None,
+    ip_adapter: features.ImageAdapters = None,
+    ip_image: features.PromptImages = None,
+    ip_scale: features.ImageScales = None,
     size: Annotated[
         str | None,
         typer.Option(
@@ -120,6 +129,7 @@ def generate(
       suffuse generate "a lighthouse at dawn" -m stable-diffusion-v1-5 --seed 7
       suffuse generate "an oil painting" -m dreamlike.safetensors -i photo.jpg
       suffuse generate "a door" -m stable-diffusion-inpainting -i house.png --mask m.png
+      suffuse generate "a bird" -m FOLDER --controlnet canny --control edges.png --lora ink.safetensors:0.8
       suffuse generate "a lighthouse" -m FOLDER --save-run at-{step}.safetensors
       suffuse generate "a lighthouse at night" --resume at-20.safetensors
     """
@@ -132,8 +142,9 @@ def generate(
         prompt, negative = (text if text is None else Weighted(text) for text in (prompt, negative))
         context.params |= {"prompt": prompt, "negative": negative}
     if resume is not None:
-        _go_on(resume, prompt, _changes(context), model, output, dtype, device, save_run)
+        _go_on(resume, prompt, _changes(context), model, output, dtype, device, save_run, context.params)
         return
+    features.check_options(context.params)
     if prompt is None:
         raise InputError("there is no prompt", remedy='suffuse generate "a red apple"')
     defaults = SETTINGS[DEFAULT] if model is None else {"num_inference_steps": 50, "guidance_scale": 7.5}
@@ -148,11 +159,12 @@ def generate(
     told = {"num_inference_steps": steps, "guidance_scale": guidance}
     call: dict[str, Any] = {**defaults, **{k: v for k, v in told.items() if v is not None}, "negative_prompt": negative}
     pictures = {
-        name: _opened(option, path)
+        name: opened(option, path)
         for name, option, path in (("image", "--image", image), ("mask_image", "--mask", mask))
         if path is not None
     }
     call |= _size(size, pictures)
+    shown = features.pictures_of(context.params)
     seed = secrets.randbelow(2**32) if seed is None else seed
     check_writable(destination(output, prompt, seed, 0, count))
 
@@ -169,15 +181,16 @@ def generate(
 
         pipe.scheduler = getattr(suffuse, scheduler_class).from_config(pipe.scheduler.config)
     quiet(pipe)
+    given = features.added(pipe, context.params)
     if image is not None:
         call["strength"] = inspect.signature(type(pipe).__call__).parameters["strength"].default if strength is None else strength
     files = {name: path.name for name, path in (("image", image), ("mask_image", mask)) if path is not None}
-    settings = {"prompt": prompt, **call, **files, **made_with(pipe, model)}
+    settings = {"prompt": prompt, **call, **files, **features.told(context.params), **made_with(pipe, model)}
     # One by one: a picture does not depend on how many are made beside it, and those that are done are kept if the rest fails.
     for index in range(count):
         generator = torch.Generator().manual_seed(seed + index)
         with _kept(save_run):
-            picture = pipe(prompt, generator=generator, save_run=save_run, **call, **pictures).images[0]
+            picture = pipe(prompt, generator=generator, save_run=save_run, **call, **pictures, **shown, **given).images[0]
         _write(picture, destination(output, prompt, seed + index, index, count), settings | {"seed": seed + index})
 
 
@@ -190,6 +203,7 @@ def _go_on(
     dtype: str,
     device: str | None,
     save_run: str | None,
+    options: Mapping[str, Any],
 ) -> None:
     """The picture of a run that was begun, with what is to change from there on."""
     import torch
@@ -214,14 +228,15 @@ def _go_on(
     pipe.scheduler = scheduler.from_config(run.scheduler_config)
     pipe.to(usable_device(torch, device))
     quiet(pipe)
+    given = features.added(pipe, options)  # what was added is no part of the run
     with _kept(save_run):
-        pictures = pipe(resume=run, save_run=save_run, output_type="pil", return_dict=True, **changes).images
+        pictures = pipe(resume=run, save_run=save_run, output_type="pil", return_dict=True, **changes, **given).images
     shown = {
         name: told[name]
         for name in ("prompt", "num_inference_steps", "guidance_scale", "negative_prompt", "strength")
         if name in told
     }
-    made = {**shown, **made_with(pipe, model), "resumed": f"{file.name}, step {run.step}"}
+    made = {**shown, **features.told(options), **made_with(pipe, model), "resumed": f"{file.name}, step {run.step}"}
     for index, picture in enumerate(pictures):
         seed = seeds[index] if index < len(seeds) else seeds[0]
         _write(picture, destination(output, str(path.stem), seed, index, len(pictures)) if index else path, made | {"seed": seed})
@@ -289,21 +304,3 @@ def _size(size: str | None, pictures: Mapping[str, Image.Image]) -> dict[str, in
         return {}
     width, height = pictures["image"].size
     return {"width": width - width % 8, "height": height - height % 8}
-
-
-def _opened(option: str, path: Path) -> Image.Image:
-    """The picture, the right way up."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    if not path.is_file():
-        raise InputError(f"{option}: no file {path}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            picture = Image.open(io.BytesIO(path.read_bytes()))
-            ImageOps.exif_transpose(picture, in_place=True)
-            return picture
-        except UnidentifiedImageError:
-            raise InputError(f"{option}: {path} is no picture, or a damaged one", expected="PNG, JPEG, WebP, …") from None
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-            raise InputError(f"{option}: {path} cannot be read as a picture", found=str(error)) from None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import tempfile
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,3 +120,21 @@ def _free(folder: Path, stem: str) -> Path:
 
 def _not_written(path: Path, error: OSError) -> SaveError:
     return SaveError(f"{path} cannot be written", found=error.strerror or str(error), remedy="name another place with --output")
+
+
+def opened(option: str, path: Path) -> Image.Image:
+    """The picture, the right way up."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if not path.is_file():
+        raise InputError(f"{option}: no file {path}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            picture = Image.open(io.BytesIO(path.read_bytes()))
+            ImageOps.exif_transpose(picture, in_place=True)
+            return picture
+        except UnidentifiedImageError:
+            raise InputError(f"{option}: {path} is no picture, or a damaged one", expected="PNG, JPEG, WebP, …") from None
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise InputError(f"{option}: {path} cannot be read as a picture", found=str(error)) from None

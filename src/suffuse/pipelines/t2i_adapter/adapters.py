@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from suffuse.diffusion.adapter_features import AdapterFeatures
 from suffuse.errors import ConfigError, InputError
@@ -50,6 +53,7 @@ def adapter_features(pipe: Any, adapter: Any, name: str, frame: Frame) -> Adapte
     ]
     with torch.no_grad():
         maps = adapter(seen, scales) if several else [each * scales[0] for each in adapter(seen[0])]
+    check_maps(pipe, maps, frame)
     prompts, images = prompt_count(run.arguments), run.arguments["num_images_per_prompt"]
     if len(maps[0]) not in (1, prompts):
         raise InputError(f"{name}: {len(maps[0])} given for {prompts} prompts", expected="one for all, or one for each prompt")
@@ -62,6 +66,18 @@ def adapter_processor(adapter: Any) -> VaeImageProcessor:
     """Pictures for an adapter to tensors in [0, 1], gray where it sees gray."""
     gray = parts_of(adapter)[0].config.in_channels == 1
     return VaeImageProcessor(vae_scale_factor=adapter.downscale_factor, do_normalize=False, do_convert_grayscale=gray)
+
+
+def check_maps(pipe: Any, maps: Sequence[Tensor], frame: Frame) -> None:
+    """Raise `InputError` unless features have the sizes that the blocks of the UNet take them at."""
+    edges, blocks = [edge // pipe.vae_scale_factor for edge in frame[:2]], pipe.unet.config.down_block_types
+    for level, (block, features) in enumerate(zip(blocks, maps, strict=False)):
+        # A block with attention takes features before it halves the picture, one without after; the last does not halve.
+        halved = level + (block == "DownBlock2D" and level < len(blocks) - 1)
+        wanted = tuple(math.ceil(edge / 2**halved) for edge in edges)
+        if features.shape[-2:] != wanted:
+            found = f"{tuple(features.shape[-2:])} for the block {level}, which has {wanted}"
+            raise InputError("the adapter makes features of other sizes than this UNet takes", found=found)
 
 
 def check_adapter(unet: Any, adapter: Any) -> None:
