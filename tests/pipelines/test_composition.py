@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
+import runpy
 import sys
 from functools import cache
 from itertools import combinations
@@ -81,6 +82,26 @@ def test_plain_classes_take_a_controlnet_too(task):
         **CONTROLLED[task].call | size | settings,
     ).images
     assert difference(theirs, mine) == 0
+
+
+def test_depth_takes_a_controlnet_too():
+    pipe = pair("depth")[1]
+    net = pair("control text")[1].controlnet
+    given = {"image": picture(), "strength": 0.8, "num_inference_steps": 2, "output_type": "np"}
+    with_depth, with_both = (
+        pipe("a cat", generator=torch.Generator().manual_seed(7), **given, **more).images
+        for more in ({}, {"controlnet": net, "control_image": picture(seed=3)})
+    )
+    assert difference(with_depth, with_both) > 1e-4
+
+
+def test_text_to_image_with_values_is_the_class_with_an_adapter():
+    plain = suffuse.StableDiffusionPipeline(**parts(False))
+    built_in = suffuse.StableDiffusionAdapterPipeline.from_pipe(plain, adapter=t2i(False))
+    given = {"num_inference_steps": 3, "output_type": "np", "adapter_conditioning_scale": 0.7}
+    theirs = built_in("a cat", image=picture(), generator=torch.Generator().manual_seed(7), **given).images
+    values = {"adapter": t2i(False), "adapter_image": picture(), **given}
+    assert difference(theirs, plain("a cat", generator=torch.Generator().manual_seed(7), **values).images) == 0
 
 
 # ---------------------------------------------------------------- all of them with all of them
@@ -219,6 +240,11 @@ def test_all_pairs(xl, one, other):
 @pytest.mark.parametrize("names", random.Random(0).sample([*combinations(SWITCHES, 3)], 50), ids=" + ".join)
 def test_random_triples(names):
     check_that_each_counts(False, *names)
+
+
+def test_the_page_of_features_is_what_they_say():
+    made = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "features.py"))
+    assert made["PAGE"].read_text(encoding="utf-8") == made["page"](), "run scripts/features.py"
 
 
 # ---------------------------------------------------------------- what is wrong

@@ -158,6 +158,8 @@ class DiffusionPipeline(FromSingleFileMixin, PlacedModels, ConfigMixin, PushToHu
     _settings: ClassVar[tuple[str, ...]] = ()
     _load_connected_pipes: ClassVar[bool] = False
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
+    called: ClassVar[Mapping[str, str]] = {}
+    """Keyword of a feature → what the pipeline, which has it built in, calls it."""
 
     scheduler: Any
     guidance_scale = _of_run("guidance", "scale")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,6 @@ class Controlled(StableDiffusionBase):
     """The verbs of ControlNets, and the components of those for Stable Diffusion."""
 
     controlnet: Any
-    control_name: ClassVar[str] = "control_image"
-    """The argument that holds the control pictures."""
-
     def __init__(
         self,
         vae: AutoencoderKL,
@@ -55,6 +52,11 @@ class Controlled(StableDiffusionBase):
         controlnet = one_model(controlnet)
         check_nets(self.unet, parts_of(controlnet))
         self.register_modules(controlnet=controlnet)
+
+    @property
+    def control_name(self) -> str:
+        """The argument that holds the control pictures."""
+        return self.called.get("control_image", "control_image")
 
     @property
     def nets(self) -> list[Any]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class StableDiffusionControlNetPipeline(Controlled, Drawing):
     """Pictures from prompts and control pictures."""
 
-    control_name = "image"
+    called = {"control_image": "image"}
 
     prepare_image = Controlled.prepare_control_image
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 class StableDiffusionXLControlNetPipeline(ControlledXL, Drawing):  # pyright: ignore[reportIncompatibleMethodOverride]
     """Pictures from prompts and control pictures."""
 
-    control_name = "image"
+    called = {"control_image": "image"}
 
     prepare_image = ControlledXL.prepare_control_image
     _negative_ids = "negative_add_time_ids"

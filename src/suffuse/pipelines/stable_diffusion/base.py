@@ -260,6 +260,11 @@ class StableDiffusionBase(LoraLoaderMixin, TextualInversionLoaderMixin, IPAdapte
         """(batch, channels, rows, columns) of the latents of a picture."""
         return batch, self.latent_channels, height // self.vae_scale_factor, width // self.vae_scale_factor
 
+    def size_of(self, pictures: Tensor) -> tuple[int, int]:
+        """(height, width) of pictures, or of those that latents stand for."""
+        factor = self.vae_scale_factor if pictures.shape[1] == self.latent_channels else 1
+        return pictures.shape[-2] * factor, pictures.shape[-1] * factor
+
     def default_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """(height, width) asked for; for what is missing, what the UNet was trained on.
 

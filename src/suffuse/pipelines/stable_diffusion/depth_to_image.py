@@ -16,13 +16,15 @@ from suffuse.diffusion.latents import repeats
 from suffuse.errors import InputError
 from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
+from suffuse.pipelines.features import BesidePicture
 from suffuse.pipelines.pipeline import ImagePipelineOutput
 from suffuse.pipelines.saved_run import SavedRun
 from suffuse.pipelines.stable_diffusion.base import StableDiffusionBase
-from suffuse.processing.image import ImageInput
+from suffuse.processing.image import Frame, ImageInput
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer, DPTForDepthEstimation, DPTImageProcessor
+    from typing_extensions import Unpack
 
     from suffuse.models.autoencoder_kl import AutoencoderKL
     from suffuse.models.unet_2d_condition import UNet2DConditionModel
@@ -90,6 +92,7 @@ class StableDiffusionDepth2ImgPipeline(StableDiffusionBase):
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
+        **values: Unpack[BesidePicture],
     ) -> Any:
         """Redraw pictures as prompts say, keeping their depth.
 
@@ -105,6 +108,7 @@ class StableDiffusionDepth2ImgPipeline(StableDiffusionBase):
         pictures = self.image_processor.preprocess(image)
         if strength == 0:
             return self.unchanged(pictures)
+        further = self.further(Frame(*self.size_of(pictures)))
         way, steps = self.way()
         conditioning = self.encode()
         dtype = conditioning.tensors["prompt_embeds"].dtype
@@ -112,7 +116,7 @@ class StableDiffusionDepth2ImgPipeline(StableDiffusionBase):
             image, depth_map, conditioning.batch, self.do_classifier_free_guidance, dtype, self._execution_device
         )
         conditioning.tensors["depth_mask"] = depth
-        conditioners = [*self.conditioners(conditioning), Channels(["depth_mask"])]
+        conditioners = [*self.conditioners(conditioning), *further, Channels(["depth_mask"])]
         latents = self.noised(pictures, way[:1], conditioning.batch, dtype)
         latents = self.denoise(self.unet, conditioning, latents, way, steps, conditioners)
         return self.finish(latents, dtype)

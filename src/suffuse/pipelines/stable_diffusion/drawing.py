@@ -59,8 +59,3 @@ class Drawing(StableDiffusionBase):
         else:
             begun = self.noised(pictures, way[:1], batch, dtype)
         return self.finish(self.denoise(self.unet, conditioning, begun, way, steps, conditioners), dtype)
-
-    def size_of(self, pictures: Tensor) -> tuple[int, int]:
-        """(height, width) of pictures, or of those that latents stand for."""
-        factor = self.vae_scale_factor if pictures.shape[1] == self.latent_channels else 1
-        return pictures.shape[-2] * factor, pictures.shape[-1] * factor

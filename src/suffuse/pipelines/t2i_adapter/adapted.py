@@ -14,6 +14,8 @@ from suffuse.processing.image import Frame
 class Adapted(Drawing):
     """The verbs of T2I-Adapters."""
 
+    called = {"adapter_image": "image"}
+
     adapter: Any
 
     def take(self, adapter: Any) -> None:
