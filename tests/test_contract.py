@@ -14,10 +14,19 @@ from suffuse.public_names import PUBLIC
 
 CONTRACT = json.loads((Path(__file__).parent / "contract.json").read_text())
 CLASSES = sorted(PUBLIC.keys() & CONTRACT.keys())
-LATER = ("ip_adapter", "add_adapter", "lora_into_transformer", "single_file", "attn_procs", "cpu_offload")
+LATER = ("ip_adapter", "add_adapter", "single_file", "attn_procs", "cpu_offload")
 """Parts of method names that belong to what is not here yet."""
 UNSPOKEN = {"get_config_dict", "check_inputs", "encode_image", "prepare_latents", "register_to_config"}
 UNSPOKEN |= {"prepare_mask_latents", "convert_state_dict_legacy_attn_format"}
+UNSPOKEN |= {
+    "crop",
+    "target_size_center_crop",
+    "draw_inpaint_mask_from_boxes",
+    "complete_mask",
+    "get_clip_feature",
+    "enable_fuser",
+}
+UNSPOKEN |= {"get_cross_attention_kwargs_with_grounded", "get_cross_attention_kwargs_without_grounded"}
 """Steps inside the peer's methods that nobody calls by name; here they are parts of other shape."""
 
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import safetensors.torch
 import torch
-from factors import EVERY_LAYER, adapter, kohya
+from factors import EVERY_LAYER, adapter, factors, kohya
 from tasks import call, difference, folder, pair, set_scheduler
 from torch import nn
 
@@ -567,3 +567,20 @@ def test_kohya_names_without_the_configuration_of_the_unet(large):
     tensors, alphas = large.lora_state_dict(kohya(adapter(large)))
     assert {key.split(".")[0] for key in tensors} == {"unet", "text_encoder", "text_encoder_2"}
     assert set(alphas.values()) == {2.0}
+
+
+def test_an_adapter_for_a_transformer(pipe):
+    class Transformer(suffuse.ModelMixin):
+        def __init__(self):
+            super().__init__()
+            self.attn1 = torch.nn.ModuleDict({"to_q": torch.nn.Linear(4, 4)})
+
+        def forward(self, x):
+            return self.attn1["to_q"](x)
+
+    model, x = Transformer(), torch.randn(1, 4)
+    before, state = model(x), {f"transformer.{key}": tensor for key, tensor in factors(model, where=r".").items()}
+    suffuse.StableDiffusionPipeline.load_lora_into_transformer(state, None, model)
+    assert not torch.equal(before, model(x))
+    with pytest.raises(AdapterError, match="0 of 1 layers"):
+        pipe.load_lora_weights(state)

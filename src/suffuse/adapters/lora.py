@@ -146,6 +146,21 @@ class LoraLoaderMixin:
             adapters.activate({loaded: scale})
 
     @classmethod
+    def load_lora_into_transformer(
+        cls,
+        state_dict: Mapping[str, Tensor],
+        network_alphas: Mapping[str, float] | None,
+        transformer: nn.Module,
+        low_cpu_mem_usage: bool | None = None,
+        adapter_name: str | None = None,
+        _pipeline: Any = None,
+        hotswap: bool = False,
+    ) -> None:
+        """Load what a file holds for a transformer, under "transformer.", into one."""
+        file = LoraFile.open(state_dict, network_alphas=network_alphas)
+        load_lora(file.only("transformer"), {"transformer": transformer}, adapter_name, hotswap)
+
+    @classmethod
     def save_lora_weights(
         cls,
         save_directory: str | os.PathLike[str],

@@ -33,6 +33,7 @@ _DOTTED = {
     "unet.": "unet",
     "text_encoder.": "text_encoder",
     "text_encoder_2.": "text_encoder_2",
+    "transformer.": "transformer",
     "diffusion_model.": "unet",
     "base_model.model.": "unet",
     "": "unet",
@@ -134,8 +135,9 @@ def _place(layer: str, blocks: Mapping[str, str]) -> tuple[str, str]:
 
 
 def _settled(component: str, layer: str, blocks: Mapping[str, str]) -> str:
-    if component == "unet":
-        return latent_diffusion.renamed(layer, blocks) + (".0" if layer.endswith(".to_out") else "")
+    if not component.startswith("text_encoder"):
+        named = latent_diffusion.renamed(layer, blocks) if component == "unet" else layer
+        return named + (".0" if layer.endswith(".to_out") else "")
     start, _, last = layer.rpartition(".")
     return f"{start}.{_FORMERLY.get(last, last)}" if start else layer
 
