@@ -45,6 +45,10 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         warnings.simplefilter("ignore")
         pipe = suffuse.StableDiffusionPipeline.from_pretrained(random_checkpoint())
     suffuse.ControlNetModel.from_unet(pipe.unet).save_pretrained("controlnet-canny")
+    # The first block of its UNet has no attention, and takes features at half the size.
+    half = {"adapter_type": "full_adapter_xl", "downscale_factor": 2 * pipe.vae_scale_factor}
+    widths = list(pipe.unet.config.block_out_channels)
+    suffuse.T2IAdapter(channels=widths, num_res_blocks=1, **half).save_pretrained("t2iadapter-sketch")
     for seed, name in enumerate(("style", "light")):
         save_file(adapter(pipe, seed=seed), f"{name}.safetensors")
     Path("examples").symlink_to(ROOT / "examples")
