@@ -83,6 +83,11 @@ def text(call: ModelCall, step: Step) -> None:
     call.kwargs["encoder_hidden_states"] = call.conditioning.select("prompt_embeds", call.branches)
 
 
+def scale_embedding(call: ModelCall, step: Step) -> None:
+    """Hand over the embedded guidance scale, to a model that was distilled to be told it."""
+    call.kwargs["timestep_cond"] = call.conditioning.select("w_embedding", call.branches)
+
+
 @dataclass
 class Keywords:
     """Hand the same keywords to every call."""

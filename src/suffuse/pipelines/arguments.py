@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from suffuse.errors import InputError, LimitError, UnknownArgumentError, nearest, unknown_argument
@@ -198,6 +199,41 @@ def guides(name: str, value: Any) -> None:
         raise InputError(f"{name} combines no predictions", found=_shown(value), expected=expected)
 
 
+def each_or_none(check: Check) -> Check:
+    """None, or a list of what `check` allows or None."""
+
+    def check_list(name: str, value: Any) -> None:
+        optional(is_a(list, spelled="a list"))(name, value)
+        each(optional(check))(name, value or [])
+
+    return check_list
+
+
+def phrase(name: str, value: Any) -> None:
+    """One text."""
+    is_a(str, spelled="a text")(name, value)
+    texts(name, value)
+
+
+def pil(name: str, value: Any) -> None:
+    """A PIL picture."""
+    is_a(Image.Image, spelled="a PIL picture")(name, value)
+
+
+def boxes(name: str, value: Any) -> None:
+    """None, or a list of (left, top, right, bottom), each from 0 to 1."""
+    optional(is_a(list, spelled="a list of (left, top, right, bottom)"))(name, value)
+    for index, box in enumerate(cast(list[Any], value or [])):
+        where = f"{name}[{index}]"
+        if not isinstance(box, (list, tuple)) or len(cast(list[Any], box)) != 4:
+            raise InputError(f"{where} is no box", found=_shown(box), expected="(left, top, right, bottom), from 0 to 1")
+        for corner in cast(list[Any], box):
+            number(0, 1)(where, corner)
+        left, top, right, bottom = cast(list[float], box)
+        if left >= right or top >= bottom:
+            raise InputError(f"{where} holds nothing", found=box, expected="left before right, top above bottom")
+
+
 def callback(name: str, value: Any) -> None:
     """None, or something that can be called."""
     if value is not None and not callable(value):
@@ -280,6 +316,10 @@ ARGUMENTS: dict[str, Argument] = {
     ),
     "strength": Argument("How far from `image` to go, in [0, 1]: 1 leaves nothing of it, 0 returns it.", number(0, 1)),
     "num_inference_steps": Argument("Steps of denoising: more take longer and follow the model closer.", whole(1)),
+    "original_inference_steps": Argument(
+        "How many timesteps the model was distilled on, of which the steps are chosen; what the scheduler says, if None.",
+        optional(whole(1)),
+    ),
     "timesteps": Argument("The timesteps themselves, descending, instead of their number.", anything),
     "guidance_scale": Argument("How much to favour the prompt over the unconditional picture; 1 or less: not at all.", number()),
     "guidance_rescale": Argument("Bring guided predictions back to their natural contrast, in [0, 1].", number(0, 1)),
@@ -344,11 +384,32 @@ ARGUMENTS: dict[str, Argument] = {
     ),
     "jump_length": Argument("How many timesteps a jump goes back up.", whole(1)),
     "jump_n_sample": Argument("How often the timesteps of a jump are gone through.", whole(1)),
+    # ---- the subject of a picture
+    "reference_image": Argument("PIL: a picture of the subject, or one for each prompt."),
+    "condtioning_image": Argument("PIL: what the ControlNet sees, one for all prompts or one for each."),
+    "source_subject_category": Argument('What the subject of `reference_image` is, "dog" say; one for each prompt.', texts),
+    "target_subject_category": Argument("What it is to become; one for each prompt.", texts),
+    "neg_prompt": Argument("What no picture should show; a text.", optional(is_a(str, spelled="a text"))),
+    "prompt_strength": Argument("Multiplies `prompt_reps`.", number(0)),
+    "prompt_reps": Argument("How often the prompt is said, so that it weighs beside the subject.", whole(1, 100)),
     # Editing by instruction.
     "image_guidance_scale": Argument("How much to favour likeness to the picture; below 1: no guidance at all.", number()),
     # Painting by example.
     "example_image": Argument(
         "A picture of what to paint, one for all or one for each `image`; a tensor is what the feature extractor makes."
+    ),
+    # Things in boxes.
+    "gligen_phrases": Argument("What stands in each of `gligen_boxes`; None for what a picture shows.", each_or_none(phrase)),
+    "gligen_images": Argument("What stands in each of them, as PIL pictures; None for what a phrase says.", each_or_none(pil)),
+    "gligen_boxes": Argument("(left, top, right, bottom) of each thing, from 0 to 1; at most 30.", boxes),
+    "gligen_inpaint_image": Argument("A picture to keep around the boxes, of which the middle is taken.", optional(pil)),
+    "gligen_scheduled_sampling_beta": Argument("The part of the steps, from the first, in which boxes are told.", number(0, 1)),
+    "gligen_normalize_constant": Argument("How long the vector of a picture is made.", number(0)),
+    "input_phrases_mask": Argument("Whether phrases count, 1 or 0; or for each.", optional(each(whole(0, 1)))),
+    "input_images_mask": Argument("Whether pictures count, 1 or 0; or for each.", optional(each(whole(0, 1)))),
+    # Larger pictures.
+    "noise_level": Argument(
+        "How much noise to put on the picture first, in steps of training: more leaves more to invent.", whole(0)
     ),
 }
 """Keyword → what it means and may be. Docstrings, checks and the documentation are filled from here."""
@@ -373,7 +434,7 @@ def check_components(pipe: Any, arguments: Mapping[str, Any]) -> None:
 def check_prompts(arguments: Mapping[str, Any]) -> None:
     """Raise `InputError` unless prompts and embeddings say one thing each, for the same number of pictures."""
     prompt, embeds = arguments["prompt"], arguments["prompt_embeds"]
-    negative, negative_embeds = arguments["negative_prompt"], arguments["negative_prompt_embeds"]
+    negative, negative_embeds = arguments.get("negative_prompt"), arguments.get("negative_prompt_embeds")
     if (prompt is None) == (embeds is None):
         raise InputError(
             "prompt and prompt_embeds are both " + ("missing" if prompt is None else "given"), remedy="pass one of the two"
@@ -399,7 +460,7 @@ def check_second_prompts(arguments: Mapping[str, Any]) -> None:
     """Raise `InputError` unless what a second text encoder is told goes with what the first is told."""
     count = prompt_count(arguments)
     for sign in ("", "negative_"):
-        second, states = arguments.get(f"{sign}prompt_2"), arguments[f"{sign}prompt_embeds"]
+        second, states = arguments.get(f"{sign}prompt_2"), arguments.get(f"{sign}prompt_embeds")
         pooled = arguments.get(f"{sign}pooled_prompt_embeds")
         if second is not None and states is not None:
             raise InputError(f"{sign}prompt_2 and {sign}prompt_embeds are both given", remedy="pass one of the two")

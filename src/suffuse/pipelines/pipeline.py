@@ -96,18 +96,18 @@ class Run:
     interrupt: bool = False
     writer: RunWriter | None = None
 
-    def set_timesteps(self, device: torch.device) -> int:
-        """Tell the scheduler how many steps to take, or which; returns how many."""
+    def set_timesteps(self, device: torch.device, **options: Any) -> int:
+        """Tell the scheduler how many steps to take, or which, and what else it takes; returns how many."""
         steps, timesteps = self.arguments["num_inference_steps"], self.arguments.get("timesteps")
         if timesteps is None:
-            self.scheduler.set_timesteps(steps, device=device)
+            self.scheduler.set_timesteps(steps, device=device, **options)
             return steps
         if "timesteps" not in inspect.signature(self.scheduler.set_timesteps).parameters:
             raise InputError(
                 f"{type(self.scheduler).__name__} takes no custom timesteps",
                 remedy="pass num_inference_steps, or another scheduler",
             )
-        self.scheduler.set_timesteps(timesteps=timesteps, device=device)
+        self.scheduler.set_timesteps(timesteps=timesteps, device=device, **options)
         return len(self.scheduler.timesteps)
 
     def timesteps_for(self, num_inference_steps: int, strength: float = 1.0) -> tuple[Tensor, int]:

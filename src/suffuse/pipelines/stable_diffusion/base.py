@@ -17,7 +17,7 @@ from suffuse.adapters.lora import LoraLoaderMixin
 from suffuse.adapters.textual_inversion import TextualInversionLoaderMixin
 from suffuse.configuration import check_type
 from suffuse.diffusion.advance import step_options
-from suffuse.diffusion.conditioning import Conditioner, Conditioning, Keywords, text
+from suffuse.diffusion.conditioning import Conditioner, Conditioning, Keywords, scale_embedding, text
 from suffuse.diffusion.decoders import decode_latents
 from suffuse.diffusion.guidance import ClassifierFreeGuidance, EmbeddedGuidance, Guidance, guidance_scale_embedding
 from suffuse.diffusion.latents import encode_image, repeats
@@ -198,7 +198,7 @@ class StableDiffusionBase(LoraLoaderMixin, TextualInversionLoaderMixin, IPAdapte
     def encode(self) -> Conditioning:
         """The prompts of the run, joined over the branches its guidance asks for."""
         run, guided = self._run, self.do_classifier_free_guidance
-        passed = {name: run.arguments[name] for name in PROMPTS}
+        passed = {name: run.arguments.get(name) for name in PROMPTS}
         self.check_encoders(run, passed["prompt"], passed["prompt_embeds"], passed["negative_prompt_embeds"])
         count = run.arguments["num_images_per_prompt"]
         cond, uncond = self.encode_prompt(
@@ -240,11 +240,13 @@ class StableDiffusionBase(LoraLoaderMixin, TextualInversionLoaderMixin, IPAdapte
         if options:
             self.unet.check_cross_attention_kwargs(options)
             keywords["cross_attention_kwargs"] = options
+        told = [text, Keywords(keywords), *image_prompts(self)]
         if self.unet.config.time_cond_proj_dim is not None:
             scale = torch.tensor(run.guidance.scale - 1).repeat(conditioning.batch)
             embedding = self.get_guidance_scale_embedding(scale, self.unet.config.time_cond_proj_dim)
-            keywords["timestep_cond"] = embedding.to(self._execution_device, self.unet.dtype)
-        return [text, Keywords(keywords), *image_prompts(self)]
+            conditioning.share(w_embedding=embedding.to(self._execution_device, self.unet.dtype))
+            told.append(scale_embedding)
+        return told
 
     def further(self, frame: Frame) -> list[Conditioner]:
         """What the UNet sees of the values that came with the call, to fill a frame."""
