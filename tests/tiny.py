@@ -188,3 +188,79 @@ def stable_diffusion_xl(folder: Path, refiner: bool = False, channels: int = 4) 
         "unet": unet(channels, **xl_options(refiner)),
         "scheduler": scheduler(),
     }
+
+
+def unconditional_unet(**options) -> diffusers.UNet2DModel:
+    torch.manual_seed(18)
+    return diffusers.UNet2DModel(
+        **{
+            "block_out_channels": (32, 64),
+            "layers_per_block": 1,
+            "sample_size": 32,
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+            **options,
+        }
+    ).eval()
+
+
+def vq_model(**options) -> diffusers.VQModel:
+    torch.manual_seed(19)
+    return diffusers.VQModel(
+        **{
+            "block_out_channels": [32, 64],
+            "down_block_types": ["DownEncoderBlock2D"] * 2,
+            "up_block_types": ["UpDecoderBlock2D"] * 2,
+            "num_vq_embeddings": 32,
+            **options,
+        }
+    ).eval()
+
+
+DIT = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "in_channels": 4,
+    "num_layers": 2,
+    "sample_size": 16,
+    "patch_size": 2,
+    "norm_type": "ada_norm_zero",
+    "num_embeds_ada_norm": 1000,
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "norm_elementwise_affine": False,
+}
+"""A transformer over patches, by either of its names."""
+
+
+def transformer(**options) -> diffusers.DiTTransformer2DModel:
+    torch.manual_seed(20)
+    return diffusers.DiTTransformer2DModel(**DIT | options).eval()
+
+
+def bert():
+    from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+
+    torch.manual_seed(21)
+    sizes = {"encoder_layers": 2, "encoder_ffn_dim": 64, "encoder_attention_heads": 4, "head_dim": 6, "d_model": WIDTH}
+    return LDMBertModel(LDMBertConfig(vocab_size=100, **sizes)).eval()
+
+
+def bert_tokenizer(folder: Path):
+    from transformers import BertTokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *("##" + letter for letter in LETTERS)]
+    (folder / "vocab.txt").write_text("\n".join(tokens))
+    return BertTokenizer(str(folder / "vocab.txt"))
+
+
+def controlnet_xs(unet: diffusers.UNet2DConditionModel, **options) -> diffusers.ControlNetXSAdapter:
+    """A control side that adds something."""
+    torch.manual_seed(23)
+    sizes = {"block_out_channels": [8, 16], "num_attention_heads": [2, 4], "conditioning_embedding_out_channels": (8, 16)}
+    made = diffusers.ControlNetXSAdapter.from_unet(unet, **sizes | options).eval()
+    for parameter in made.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.3)
+    return made

@@ -109,6 +109,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "suffuse.pipelines.gligen.text_and_image": ("StableDiffusionGLIGENTextImagePipeline",),
     "suffuse.pipelines.upscaling.by_four": ("StableDiffusionUpscalePipeline",),
     "suffuse.pipelines.upscaling.by_two": ("StableDiffusionLatentUpscalePipeline",),
+    "suffuse.pipelines.stable_unclip.image_to_image": ("StableUnCLIPImg2ImgPipeline",),
 }
 
 PUBLIC: dict[str, str] = {name: module for module, names in MODULES.items() for name in names}

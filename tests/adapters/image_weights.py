@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Any
 
@@ -54,16 +55,13 @@ def resampler(width: int, inner: int = 48) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+OTHER_NAMES = {"0.norm1": "ln0", "0.norm2": "ln1", "0": "attn", "1.0": "ff.0", "1.1": "ff.1.net.0.proj", "1.3": "ff.1.net.2"}
+"""What is called so inside a layer of a resampler, and how some files call it."""
+
+
 def other_names(name: str) -> str:
-    for usual, other in (
-        (".0.norm1", ".ln0"),
-        (".0.norm2", ".ln1"),
-        (".1.0", ".ff.0"),
-        (".1.1", ".ff.1.net.0.proj"),
-        (".1.3", ".ff.1.net.2"),
-    ):
-        name = name.replace(usual, other)
-    return name.replace(".0.to_", ".attn.to_")
+    layer = re.fullmatch(r"(layers\.\d+)\.(0\.norm\d|0|1\.\d)\.(.+)", name)
+    return f"{layer[1]}.{OTHER_NAMES[layer[2]]}.{layer[3]}" if layer else name
 
 
 KINDS = {

@@ -66,7 +66,8 @@ def test_importing_the_models_imports_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith("Multi")])
+# Nothing is built of the defaults of a Transformer2DModel, there or here.
+@pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith(("Multi", "Transformer2D"))])
 def test_configurations_go_both_ways(name, tmp_path):
     ours, peer = (getattr(library, name) for library in (suffuse, diffusers))
     with torch.device("meta"):

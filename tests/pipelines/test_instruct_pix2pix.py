@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import sys
 import warnings
 from functools import cache
 from pathlib import Path
@@ -18,7 +20,11 @@ from tasks import align, difference, picture, set_scheduler
 import suffuse
 from suffuse.errors import ConfigError, InputError
 
+sys.path.append(str(Path(__file__).parent.parent / "adapters"))
+from image_weights import image_encoder, ip_adapter, nested
+
 CLASSES = {"sd": "StableDiffusionInstructPix2PixPipeline", "xl": "StableDiffusionXLInstructPix2PixPipeline"}
+LONE = {"sd": {"requires_safety_checker": False}, "xl": {"add_watermarker": False}}
 OF_EACH_KIND = ["DDIMScheduler", "PNDMScheduler", "HeunDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler"]
 """Deterministic, with memory, of second order, with noise of its own, with few steps."""
 
@@ -246,3 +252,50 @@ def test_a_unet_of_another_task_is_refused(kind):
     other = suffuse.UNet2DConditionModel.from_config(tiny.unet(4, **options).config)
     with pytest.raises(ConfigError, match=r"in_channels=4(.|\n)*expected: 8"):
         type(pair(kind)[1])(**pair(kind)[1].components | {"unet": other})
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_the_scheduler_is_taken_as_it_is(kind):
+    made = [library.DDIMScheduler(clip_sample=True, steps_offset=0) for library in (diffusers, suffuse)]
+    pipes = [
+        type(pipe)(**pipe.components | {"scheduler": scheduler}, **LONE[kind])
+        for pipe, scheduler in zip(pair(kind), made, strict=True)
+    ]
+    for pipe in pipes:
+        pipe.set_progress_bar_config(disable=True)
+    assert pipes[1].scheduler is made[1]
+    assert difference(*(call(pipe) for pipe in pipes)) == 0
+
+
+def test_a_controlnet_and_an_adapter_come_along():
+    ours = pair("sd")[1]
+    set_scheduler(pair("sd"), "DDIMScheduler")
+    net = suffuse.ControlNetModel.from_config(tiny.controlnet().config).eval()
+    net.load_state_dict(tiny.controlnet().state_dict())
+    plain, none = call(ours), call(ours, controlnet=net, control_image=picture(seed=3), controlnet_conditioning_scale=0.0)
+    assert difference(plain, none) == 0
+    assert difference(plain, call(ours, controlnet=net, control_image=picture(seed=3))) > 0
+    with pytest.raises(InputError, match="control_image is given and no controlnet"):
+        call(ours, control_image=picture())
+
+
+@pytest.mark.parametrize("kind", ["plain", "plus"])
+def test_a_picture_to_take_after(kind):
+    peer, ours = pipes = pair("sd")
+    set_scheduler(pipes, "DDIMScheduler")
+    weights = ip_adapter(peer.unet, kind)
+    for pipe in pipes:
+        pipe.register_modules(image_encoder=copy.deepcopy(image_encoder()))
+    peer.load_ip_adapter(nested(weights), "", "")
+    ours.load_ip_adapter(weights, "", "")
+    align(peer)
+    try:
+        made = [call(pipe, ip_adapter_image=picture(40, 50, seed=9)) for pipe in pipes]
+        alone = [call(pipe, ip_adapter_image=picture(40, 50, seed=9), guidance_scale=1.0) for pipe in pipes]
+    finally:
+        for pipe in pipes:
+            pipe.unload_ip_adapter()
+            pipe.register_modules(image_encoder=None)
+    assert difference(*alone) == 0
+    assert difference(*made) == 0
+    assert difference(made[1], call(ours)) > 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -28,7 +28,6 @@ from suffuse.layers.low_rank import adapters_of, delete_adapters, number
 from suffuse.models.adapter_services import block_weights, hub_options
 from suffuse.models.image_adapter import (
     Given,
-    ImageAdapter,
     ImageAdapters,
     Scale,
     drop_image_adapters,
@@ -40,6 +39,7 @@ from suffuse.models.lora import LoraFile, load_lora
 
 MASKS = "ip_adapter_masks"
 """The key of masks in `cross_attention_kwargs`."""
+KINDS = "PIL pictures, or arrays (height, width, 3)"
 USUAL_SIZE = 224
 """Rows and columns that image encoders see, where none says."""
 
@@ -47,9 +47,10 @@ USUAL_SIZE = 224
 class IPAdapterMixin:
     """Ways of a pipeline to load IP-Adapters, and to look at pictures."""
 
-    unet: Any
-    image_encoder: Any
-    feature_extractor: Any
+    if TYPE_CHECKING:
+        unet: Any
+        image_encoder: Any
+        feature_extractor: Any
 
     # ---------------------------------------------------------------- load and unload
 
@@ -139,15 +140,14 @@ class IPAdapterMixin:
         Raises:
             InputError: The pipeline has no image encoder, or these are no pictures.
         """
-        pixels = self._pixels(image).to(device=device, dtype=next(self.image_encoder.parameters()).dtype)
+        pixels, encoder = self._pixels(image).to(device), self.image_encoder
+        pixels = pixels.to(next(encoder.parameters()).dtype)
         if output_hidden_states:
-            seen = [
-                self.image_encoder(shown, output_hidden_states=True).hidden_states[-2]
-                for shown in (pixels, torch.zeros_like(pixels))
-            ]
+            shown = (pixels, torch.zeros_like(pixels))
+            seen = [encoder(each, output_hidden_states=True).hidden_states[-2] for each in shown]
             said, nothing = (states.repeat_interleave(num_images_per_prompt, dim=0) for states in seen)
             return said, nothing
-        said = self.image_encoder(pixels).image_embeds.repeat_interleave(num_images_per_prompt, dim=0)
+        said = encoder(pixels).image_embeds.repeat_interleave(num_images_per_prompt, dim=0)
         return said, torch.zeros_like(said)
 
     def prepare_ip_adapter_image_embeds(
@@ -175,8 +175,8 @@ class IPAdapterMixin:
         """
         adapters = _loaded(self.unet).adapters
         name = "ip_adapter_image" if ip_adapter_image_embeds is None else "ip_adapter_image_embeds"
-        given = ip_adapter_image if ip_adapter_image_embeds is None else ip_adapter_image_embeds
-        given = list(given) if isinstance(given, (list, tuple)) else [given]
+        passed: Any = ip_adapter_image if ip_adapter_image_embeds is None else ip_adapter_image_embeds
+        given: list[Any] = list(passed) if isinstance(passed, (list, tuple)) else [passed]
         if len(given) != len(adapters):
             raise InputError(
                 f"{name}: {len(given)} given for {len(adapters)} IP-Adapter{'s' * (len(adapters) > 1)}",
@@ -184,32 +184,30 @@ class IPAdapterMixin:
             )
         said: list[Tensor] = []
         for place, (adapter, own) in enumerate(zip(adapters, given, strict=True)):
-            where, embeds = f"{name}[{place}]", own
+            where = f"{name}[{place}]"
             if ip_adapter_image_embeds is None:
                 pictures, nothing = self.encode_image(own, device, 1, adapter.projection.hidden_states)
-                embeds = torch.cat([nothing[None], pictures[None]] if do_classifier_free_guidance else [pictures[None]])
+                own = torch.stack([nothing, pictures])
             elif not isinstance(own, Tensor) or not own.is_floating_point() or not torch.isfinite(own).all():
                 raise InputError(f"{where} is no tensor of finite numbers", found=type(own).__name__)
-            adapter.check(where, embeds)
-            said.append(
-                torch.cat(
-                    [torch.cat([row] * num_images_per_prompt) for row in _halves(where, embeds, do_classifier_free_guidance)]
-                ).to(device)
-            )
+            adapter.check(where, own)
+            parts = _halves(where, own, do_classifier_free_guidance)
+            said.append(torch.cat([part for part in parts for _ in range(num_images_per_prompt)]).to(device))
         return said
 
     # ---------------------------------------------------------------- inside
 
     def _pixels(self, image: Any) -> Tensor:
         """Pictures as the image encoder takes them."""
-        if self.image_encoder is None or (self.feature_extractor is None and not isinstance(image, Tensor)):
+        encoder, extractor = (getattr(self, name, None) for name in ("image_encoder", "feature_extractor"))
+        if encoder is None or (extractor is None and not isinstance(image, Tensor)):
             raise InputError(
                 "the pipeline has no image encoder, or no feature_extractor, to look at pictures",
                 remedy="pass ip_adapter_image_embeds; or set pipe.image_encoder and pipe.feature_extractor; or load the adapter "
                 "with image_encoder_folder=…",
             )
         if isinstance(image, Tensor):
-            size = self.image_encoder.config.image_size
+            size = encoder.config.image_size
             if image.ndim != 4 or tuple(image.shape[1:]) != (3, size, size):
                 raise InputError(
                     "ip_adapter_image has the wrong shape",
@@ -220,10 +218,11 @@ class IPAdapterMixin:
         pictures: list[Any] = list(image) if isinstance(image, (list, tuple)) else [image]
         if not pictures or not all(isinstance(picture, (Image.Image, np.ndarray)) for picture in pictures):
             kinds = sorted({type(picture).__name__ for picture in pictures})
-            raise InputError(
-                "ip_adapter_image holds no pictures", found=", ".join(kinds) or "nothing", expected="PIL pictures, arrays"
-            )
-        return self.feature_extractor(pictures, return_tensors="pt").pixel_values
+            raise InputError("ip_adapter_image holds no pictures", found=", ".join(kinds) or "nothing", expected=KINDS)
+        try:
+            return cast(Any, extractor)(pictures, return_tensors="pt").pixel_values
+        except (ValueError, TypeError) as error:
+            raise InputError("ip_adapter_image holds no pictures", found=str(error), expected=KINDS) from None
 
     def _parts_for(self, source: Given, subfolder: str | None, folder: str | None, options: HubOptions) -> dict[str, Any]:
         """The image encoder and the picture processor that the pipeline needs and does not have."""
@@ -348,10 +347,10 @@ def _loaded(unet: Any) -> ImageAdapters:
     return adapters
 
 
-def _halves(name: str, embeds: Tensor, guided: bool) -> list[Tensor]:
+def _halves(name: str, embeds: Tensor, guided: bool) -> Sequence[Tensor]:
     """What is said of nothing, if it is needed, and of the pictures."""
     if len(embeds) == 2:
-        return list(embeds.chunk(2))[0 if guided else 1 :]
+        return embeds.chunk(2)[0 if guided else 1 :]
     if len(embeds) != 1 or guided:
         raise InputError(
             f"{name} must have {'two rows: what is said of nothing, and' if guided else 'one row:'} what is said of the pictures",
@@ -365,22 +364,22 @@ def _as_long_as_each_other(**given: Any) -> list[list[Any]]:
     """Lists of one entry for each adapter, of lists or of one for all."""
     lists = {name: list(value) if isinstance(value, (list, tuple)) else [value] for name, value in given.items()}
     count = max(map(len, lists.values()))
-    for name, entries in lists.items():
-        if len(entries) not in (1, count):
-            raise AdapterError(
-                f"load_ip_adapter: {name} has {len(entries)} entries, and others {count}", remedy="pass one for each adapter"
-            )
+    if any(len(entries) not in (1, count) for entries in lists.values()):
+        told = ", ".join(f"{len(entries)} of {name}" for name, entries in lists.items())
+        raise AdapterError("load_ip_adapter: lists of different lengths", found=told, remedy="pass one for each adapter")
     return [entries * count if len(entries) == 1 else entries for entries in lists.values()]
 
 
 def _load_low_rank(unet: Any, files: Sequence[LoraFile]) -> list[str]:
     """Load the low-rank adapters that go with these, beside those that are active; returns their names."""
     names: list[str] = []
-    for place, file in enumerate(files):
+    for file in files:
         if file.components:
-            before = dict(own.weights) if (own := adapters_of(unet)) is not None else {}
-            names.append(load_lora(file, {"unet": unet}, f"faceid_{place}"))
-            cast(Any, adapters_of(unet)).activate({**before, names[-1]: 1.0})
+            own = adapters_of(unet)
+            taken, before = ([], {}) if own is None else (own.names, dict(own.weights))
+            free = next(name for name in (f"faceid_{number}" for number in range(len(taken) + 1)) if name not in taken)
+            names.append(load_lora(file, {"unet": unet}, free))
+            cast(Any, adapters_of(unet)).activate({**before, free: 1.0})
     return names
 
 

@@ -139,8 +139,9 @@ def load_processor(cls: type[Any], folder: Path) -> Any:
         ConfigError: A file is not JSON, or not what transformers takes.
     """
     folder = local_folder(folder)
-    names = getattr(cls, "vocab_files_names", {"settings": "preprocessor_config.json"})
+    names = getattr(cls, "vocab_files_names", {})
     ways = [[name for key, name in names.items() if (key == "tokenizer_file") is whole] for whole in (True, False)]
+    ways += [] if names else [["preprocessor_config.json"], ["processor_config.json"]]
     if not any(way and all((folder / name).is_file() for name in way) for way in ways):
         raise MissingFileError(
             f"{folder} holds no {cls.__name__}",

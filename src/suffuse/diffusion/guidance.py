@@ -54,8 +54,12 @@ class ClassifierFreeGuidance:
         cond, uncond = predictions["cond"], predictions.get("uncond")
         if uncond is None:
             return cond
-        guided = (cond - uncond).mul_(self.scale).add_(uncond)  # uncond + scale * (cond - uncond), in one tensor's memory
+        guided = self.extrapolated(cond, uncond)
         return rescale_to(cond, guided, self.rescale) if self.rescale > 0 else guided
+
+    def extrapolated(self, cond: Tensor, uncond: Tensor) -> Tensor:
+        """From the unconditional prediction through the conditional one, in the memory of one tensor."""
+        return (cond - uncond).mul_(self.scale).add_(uncond)
 
 
 @dataclass

@@ -79,6 +79,29 @@ def encode_text_and_pool(
     return _read(texts, tokenizer, text_encoder, device, length, read)
 
 
+def encode_text_and_end(texts: list[str], tokenizer: Any, text_encoder: Any, device: torch.device) -> tuple[Tensor, Any]:
+    """The last hidden states, and the state of the end of each text, which stands for all of it.
+
+    Args:
+        texts: One text a picture.
+        tokenizer: A CLIP tokenizer.
+        text_encoder: A CLIP text model without a projection.
+        device: Where the text encoder computes.
+
+    Returns:
+        (len(texts), tokens, width), and (len(texts), width).
+
+    Raises:
+        NonFiniteError: The encoder gave NaN or infinity.
+    """
+
+    def read(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        output = text_encoder(ids, attention_mask=mask, output_hidden_states=True)
+        return output.hidden_states[-1], output.pooler_output
+
+    return _read(texts, tokenizer, text_encoder, device, None, read)
+
+
 def _read(
     texts: Sequence[str],
     tokenizer: Any,

@@ -11,7 +11,7 @@ Queries, keys and values are (batch, heads, tokens, size) between the two.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -41,8 +41,19 @@ class Processor:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
         image_prompts: ImagePrompts | None = None,
+        unattended: Container[Attention] = (),
     ) -> Tensor:
-        """Attend; the arguments are those of `Attention.forward`, with `temb` for a spatial normalisation."""
+        """Attend.
+
+        Args:
+            attn: The layer.
+            hidden_states: As of `Attention.forward`, like the two that follow.
+            encoder_hidden_states: What is attended to.
+            attention_mask: A bias on scores.
+            temb: For a spatial normalisation.
+            image_prompts: Layer → pictures that it attends to as well.
+            unattended: Layers of self-attention in which each position gets its own value.
+        """
         residual = hidden_states
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)
@@ -50,7 +61,10 @@ class Processor:
         given = by_channel.transpose(1, 2)
         tokens = given if attn.group_norm is None else attn.group_norm(by_channel).transpose(1, 2)
         query, key, value = self.project(attn, tokens, encoder_hidden_states, given)
-        hidden_states = self.attend(attn, query, key, value, _bias(attn, attention_mask, query, key))
+        if attn in unattended:
+            hidden_states = value.transpose(1, 2).flatten(2)
+        else:
+            hidden_states = self.attend(attn, query, key, value, _bias(attn, attention_mask, query, key))
         for prompt in (image_prompts or {}).get(attn, ()):
             hidden_states = prompt.added(hidden_states, self.attend(attn, query, prompt.key, prompt.value, None))
         hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))

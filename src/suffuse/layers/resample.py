@@ -24,14 +24,14 @@ class Upsample2D(nn.Module):
 
 
 class Downsample2D(nn.Module):
-    """A 3x3 convolution of stride 2.
+    """A 3x3 convolution of stride 2, to as many channels or to `out_channels`.
 
     Padding 0 pads on the right and below only, as the first autoencoders were trained.
     """
 
-    def __init__(self, channels: int, padding: int = 1) -> None:
+    def __init__(self, channels: int, padding: int = 1, out_channels: int | None = None) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2, padding=padding)
+        self.conv = nn.Conv2d(channels, out_channels or channels, kernel_size=3, stride=2, padding=padding)
         self.pads_one_side = padding == 0
 
     def forward(self, hidden_states: Tensor) -> Tensor:

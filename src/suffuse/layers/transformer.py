@@ -117,6 +117,8 @@ class BasicTransformerBlock(Recomputable):
 
     def forward(self, hidden_states: Tensor, context: Context = NO_CONTEXT) -> Tensor:
         """Map (batch, tokens, dim) to the same shape."""
+        if self in context.options.get("skipped", ()):
+            return hidden_states
         seen = context.encoder_hidden_states if self.only_cross_attention else None
         attended = self.attn1(self.norm1(hidden_states), seen, context.attention_mask, **context.options)
         hidden_states = attended + hidden_states

@@ -6,6 +6,7 @@ value for each layer of cross-attention. The UNet is handed these as a value of 
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from suffuse.checkpoints.adapter_files import Choice, HeldTensors, find_adapter, open_adapter
 from suffuse.checkpoints.layout import SAFETENSORS
@@ -58,11 +58,7 @@ class ImageAdapter:
 
     def check(self, name: str, embeds: Tensor) -> None:
         """Raise `InputError` unless these are (rows, pictures, …) of what this adapter makes tokens of."""
-        shape = (
-            ("pictures", "states", self.projection.features)
-            if self.projection.hidden_states
-            else ("pictures", self.projection.features)
-        )
+        shape = ("pictures", *(("states",) if self.projection.hidden_states else ()), self.projection.features)
         if embeds.ndim != len(shape) + 1 or embeds.shape[-1] != self.projection.features:
             raise InputError(
                 f"{name} does not fit the IP-Adapter",
@@ -73,8 +69,11 @@ class ImageAdapter:
 
     def tokens(self, embeds: Tensor) -> Tensor:
         """(rows, pictures, tokens, width) of what an image encoder says of pictures, (rows, pictures, …)."""
+        # A copy, without weights either, for each run: threads must not see each other's weights come and go.
+        projection = copy.deepcopy(self.projection)
         weights = {name: self.tensors[key].to(embeds) for name, key in self.keys.projection.items()}
-        return functional_call(self.projection, weights, (embeds.flatten(0, 1),)).unflatten(0, embeds.shape[:2])
+        projection.load_state_dict(weights, assign=True)
+        return projection(embeds.flatten(0, 1)).unflatten(0, embeds.shape[:2])
 
     def prompt(self, layer: Any, number: int, tokens: Tensor, scale: float, mask: Tensor | None) -> ImagePrompt:
         """What a layer attends to of tokens (rows, tokens, width)."""
@@ -223,9 +222,12 @@ def _fitted(source: Source, model: Any) -> ImageAdapter:
         )
     names = in_order(name for name in model.attention_layers() if name.endswith(".attn2"))
     layers = {name: 2 * place + 1 for place, name in enumerate(names)}
-    shapes = {number: (model.get_submodule(name).to_q.out_features, projection.width) for name, number in layers.items()}
+    blocks: dict[int, Any] = {number: model.get_submodule(name) for name, number in layers.items()}
+    shapes = {number: (layer.to_q.out_features, layer.cross_attention_dim) for number, layer in blocks.items()}
     fitting = [
-        n for n, parts in keys.layers.items() if [stored[key].shape for _, key in sorted(parts.items())] == [shapes.get(n)] * 2
+        number
+        for number, parts in keys.layers.items()
+        if [stored[key].shape for key in parts.values()] == [shapes.get(number)] * 2 and shapes[number][1] == projection.width
     ]
     known = range(2 * len(layers))
     if not len(fitting) == len(layers) == len(keys.layers) or not all(number in known for number, _ in keys.low_rank):

@@ -76,8 +76,8 @@ class PerceiverAttention(nn.Module):
         queries = self.norm2(queries)
         seen = torch.cat([self.norm1(states), queries], dim=-2)
         made = [self.to_q(queries), *(F.linear(seen, weight) for weight in self.to_kv.weight.chunk(2))]
-        split = [tensor.unflatten(-1, (self.heads, HEAD)).transpose(1, 2) for tensor in made]
-        return self.to_out(F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2))
+        query, key, value = (tensor.unflatten(-1, (self.heads, HEAD)).transpose(1, 2) for tensor in made)
+        return self.to_out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
 
 
 class Resampler(nn.Module):
@@ -91,12 +91,14 @@ class Resampler(nn.Module):
         self.latents = nn.Parameter(torch.empty(1, tokens, inner))
         self.proj_in, self.proj_out, self.norm_out = nn.Linear(features, inner), nn.Linear(inner, width), nn.LayerNorm(width)
         self.layers = nn.ModuleList(
-            nn.ModuleList([
-                PerceiverAttention(inner, heads),
-                nn.Sequential(
-                    nn.LayerNorm(inner), nn.Linear(inner, wide, bias=False), nn.GELU(), nn.Linear(wide, inner, bias=False)
-                ),
-            ])
+            nn.ModuleList(
+                [
+                    PerceiverAttention(inner, heads),
+                    nn.Sequential(
+                        nn.LayerNorm(inner), nn.Linear(inner, wide, bias=False), nn.GELU(), nn.Linear(wide, inner, bias=False)
+                    ),
+                ]
+            )
             for _ in range(depth)
         )
 
@@ -138,7 +140,12 @@ KINDS = (
     Kind(
         "face ID",
         ("proj.0.weight", "proj.2.weight", "norm.weight"),
-        lambda s: FaceProjection(*s["proj.0.weight"][::-1], _times(s, "proj.2.weight"), s["norm.weight"][0]),
+        lambda s: FaceProjection(
+            features=s["proj.0.weight"][1],
+            inner=s["proj.0.weight"][0],
+            tokens=_times(s, "proj.2.weight"),
+            width=s["norm.weight"][0],
+        ),
     ),
     Kind(
         "plus",

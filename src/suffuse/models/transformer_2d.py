@@ -239,6 +239,8 @@ class Transformer2DModel(PatchTransformer):
         norm_eps: Added to variances.
         attention_type: Must be "default".
         caption_channels: Must be `None`.
+        interpolation_scale: Not used.
+        use_additional_conditions: Not used.
 
     Raises:
         ConfigError: The values do not make such a network; the message says which.
@@ -270,10 +272,12 @@ class Transformer2DModel(PatchTransformer):
         norm_eps: float = 1e-5,
         attention_type: str = "default",
         caption_channels: int | None = None,
+        interpolation_scale: float | None = None,
+        use_additional_conditions: bool | None = None,
     ) -> None:
         super().__init__()
-        wanted = {"cross_attention_dim": None, "num_vector_embeds": None, "double_self_attention": False}
-        wanted |= {"attention_type": "default", "caption_channels": None}
+        wanted: dict[str, Any] = dict.fromkeys(("cross_attention_dim", "num_vector_embeds", "caption_channels"))
+        wanted |= {"double_self_attention": False, "attention_type": "default"}
         other = {name: self.config[name] for name, value in wanted.items() if self.config[name] != value}
         if other:
             raise ConfigError("Transformer2DModel is built here for patches and classes only (DiT)", found=other, expected=wanted)

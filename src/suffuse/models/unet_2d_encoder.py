@@ -20,6 +20,7 @@ from suffuse.layers.grounding import GLIGENTextBoundingboxProjection
 from suffuse.layers.transformer import Context
 from suffuse.models.attention_services import AttentionServices
 from suffuse.models.block_layers import BlockOptions
+from suffuse.models.image_adapter import image_adapters_of
 from suffuse.models.model import ModelMixin
 from suffuse.models.sizes import per_block, require_length, require_positive
 from suffuse.models.unet_2d_blocks import DOWN_BLOCKS, MID_BLOCKS, MidBlock, Place, SkipDownBlock, find_block
@@ -261,6 +262,10 @@ class UNet2DEncoder(AttentionServices, ModelMixin):
         boxes = options.get("gligen")
         objects = None if boxes is None else self.position_net(**boxes)
         rest = {name: value for name, value in options.items() if name not in ("gligen", "scale")}
+        adapters, embeds = image_adapters_of(self), (added or {}).get("image_embeds")
+        if adapters is not None and embeds is not None:
+            masks = [None] * len(embeds)
+            rest["image_prompts"] = adapters.prompts([own.to(sample) for own in embeds], adapters.scales, masks)
         return Context(tokens, _bias(mask, sample.dtype), _bias(token_mask, sample.dtype), objects, rest)
 
     def _down(
@@ -308,7 +313,7 @@ class UNet2DEncoder(AttentionServices, ModelMixin):
             UnknownArgumentError: No attention layer has such a keyword.
             InputError: Boxes, for a model without gated attention.
         """
-        for name in options.keys() - {"gligen", "scale"}:
+        for name in options.keys() - {"gligen", "scale", "skipped"}:
             if not any(layer.takes(name) for layer in self.attention_layers().values()):
                 raise unknown_argument("cross_attention_kwargs", name, ["scale", "gligen"])
         if options.get("gligen") is not None and self._settings()["attention_type"] == "default":

@@ -359,7 +359,17 @@ ARGUMENTS: dict[str, Argument] = {
         saved_run,
     ),
     "latents": Argument("(batch, channels, height / 8, width / 8): the noise to start from.", tensor(dimensions=4)),
-    "ip_adapter_image": Argument("A picture to take after, for pipelines with an IP-Adapter loaded."),
+    "ip_adapter_image": Argument(
+        "A picture to take after, for pipelines with an IP-Adapter loaded; for several adapters a list of one for each, for several "
+        "pictures of one adapter a list in the list."
+    ),
+    "ip_adapter_image_embeds": Argument(
+        "What `prepare_ip_adapter_image_embeds` returned, instead of `ip_adapter_image`.",
+        optional(is_a(list, spelled="a list of a tensor for each IP-Adapter")),
+    ),
+    "ip_adapter_scale": Argument(
+        "How much of the IP-Adapters in this call, as `set_ip_adapter_scale` takes it; what that was told last, if None."
+    ),
     "output_type": Argument('"pil", "np", "pt", or "latent".', lambda name, value: check_output_type(value)),
     "return_dict": Argument("Whether to return the output object or a plain tuple.", anything),
     "cross_attention_kwargs": Argument(

@@ -30,6 +30,7 @@ TRANSFORMERS: dict[str, str] = {
     "DPTForDepthEstimation": "DPTForDepthEstimation",
     "CLIPTokenizer": "CLIPTokenizer",
     "CLIPTokenizerFast": "CLIPTokenizer",
+    "CLIPProcessor": "CLIPProcessor",
     "BertTokenizer": "BertTokenizer",
     "BertTokenizerFast": "BertTokenizer",
     # The processors that need Pillow alone; the others want torchvision.
@@ -51,12 +52,22 @@ DIFFUSERS_CLASSES = tuple(
 
 PIPELINE_MODULES: dict[tuple[str, str], str] = {
     ("stable_diffusion", "StableDiffusionSafetyChecker"): "suffuse.pipelines.stable_diffusion.safety_checker",
+    ("paint_by_example", "PaintByExampleImageEncoder"): "suffuse.pipelines.paint_by_example.image_encoder",
+    ("stable_diffusion", "CLIPImageProjection"): "suffuse.models.clip_image_projection",
     ("latent_diffusion", "LDMBertModel"): "suffuse.pipelines.latent_diffusion.bert",
+    ("blip_diffusion", "ContextCLIPTextModel"): "suffuse.pipelines.blip_diffusion.text_encoder",
+    ("blip_diffusion", "Blip2QFormerModel"): "suffuse.pipelines.blip_diffusion.qformer",
+    ("blip_diffusion", "BlipImageProcessor"): "suffuse.pipelines.blip_diffusion.image_processor",
 }
 """[library, class] of models that belong to one pipeline family → module."""
 
-FORMER: dict[tuple[str, str], tuple[str, str]] = {("controlnet", "MultiControlNetModel"): ("diffusers", "MultiControlNetModel")}
-"""[library, class] as older releases wrote them → as they are written now."""
+FORMER: dict[tuple[str, str], tuple[str, str]] = {
+    ("controlnet", "MultiControlNetModel"): ("diffusers", "MultiControlNetModel"),
+    ("diffusers", "PaintByExampleImageEncoder"): ("paint_by_example", "PaintByExampleImageEncoder"),
+    ("deprecated", "KarrasVeScheduler"): ("diffusers", "KarrasVeScheduler"),
+    ("deprecated", "ScoreSdeVpScheduler"): ("diffusers", "ScoreSdeVpScheduler"),
+}
+"""[library, class] as other releases write them → as they are written here."""
 
 NEEDED: dict[str, tuple[str, ...]] = {
     "scheduler": ("fork", "follow", "set_timesteps"),
@@ -69,7 +80,12 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "feature_extractor": ("model_input_names", "__call__"),
     "safety_checker": ("forward",),
     "depth_estimator": ("forward",),
+    "processor": ("__call__",),
+    "image_project": ("config.hidden_size", "forward"),
+    "low_res_scheduler": ("add_noise",),
+    "watermarker": ("apply_watermark",),
     "controlnet": ("dtype", "forward"),
+    "qformer": ("config.num_query_tokens", "forward"),
     "vqvae": ("config.scaling_factor", "decode"),
     "bert": ("config.hidden_size", "forward"),
     "transformer": ("config.in_channels", "config.num_embeds_ada_norm", "forward"),

@@ -138,6 +138,7 @@ class DiTPipeline(DiffusionPipeline):
         labels = torch.cat([told[branch] for branch in run.guidance.branches])
         conditioning = Conditioning(len(wanted), run.guidance.branches, {"class_labels": labels})
         noise = noise_for(self, (len(wanted), config.in_channels, *[config.sample_size] * 2), self.transformer.dtype)
+        noise = noise * run.scheduler.init_noise_sigma
         latents = self.denoise(self.transformer, conditioning, noise, run.scheduler.timesteps, steps, [classes])
         if output_type == "latent":
             return result(self, latents)

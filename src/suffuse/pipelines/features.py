@@ -60,25 +60,32 @@ class Adapters(TypedDict, total=False):
     adapter_conditioning_factor: float
 
 
+class Pictures(TypedDict, total=False):
+    """IP-Adapters that are loaded; `ip_adapter_image` stands in the signatures, as it does in those of diffusers."""
+
+    ip_adapter_image_embeds: Sequence[Tensor] | None
+    ip_adapter_scale: float | Mapping[str, Any] | Sequence[Any] | None
+
+
 class Guided(TypedDict, total=False):
     """Another way to combine predictions."""
 
     guidance: Guidance | None
 
 
-class BesideControl(Adapters, Guided, total=False):
+class BesideControl(Adapters, Pictures, Guided, total=False):
     """For pipelines that have a ControlNet of their own."""
 
 
-class BesideAdapter(Controls, Guided, total=False):
+class BesideAdapter(Controls, Pictures, Guided, total=False):
     """For pipelines that have a T2I-Adapter of their own."""
 
 
-class BesidePicture(Controls, Adapters, Guided, total=False):
+class BesidePicture(Controls, Adapters, Pictures, Guided, total=False):
     """For pipelines that begin with a picture."""
 
 
-class Values(Beginnings, Controls, Adapters, Guided, total=False):
+class Values(Beginnings, Controls, Adapters, Pictures, Guided, total=False):
     """For pipelines that begin with noise."""
 
 
@@ -171,6 +178,8 @@ FEATURES: tuple[Feature, ...] = (
         values=_adapters,
         size=_adapter_size,
     ),
+    Feature("IP-Adapter", "ip_adapter_image", settings=("ip_adapter_scale",), writes=frozenset({"attention"})),
+    Feature("IP-Adapter embeddings", "ip_adapter_image_embeds", settings=("ip_adapter_scale",), writes=frozenset({"attention"})),
     Feature("guidance", "guidance", writes=frozenset({"branches"})),
     Feature("LoRA", "load_lora_weights", writes=frozenset({"weights"})),
     Feature("textual inversion", "load_textual_inversion", writes=frozenset({"tokens"})),

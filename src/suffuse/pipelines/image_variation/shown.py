@@ -33,6 +33,7 @@ class Shown(StableDiffusionBase):
 
     _optional_components = ["safety_checker"]
     _callback_tensor_inputs = ["latents", "prompt_embeds"]
+    _scheduler_settings = {}
 
     shown_as: ClassVar[str] = "image"
 
@@ -90,7 +91,7 @@ class Shown(StableDiffusionBase):
         """
         run = self._run
         batch, each = self.pictures_of(run.arguments), run.arguments["num_images_per_prompt"]
-        seen, unseen = self.see(self.pixels(run.arguments[self.shown_as]))
+        seen, unseen = self.see(pixels_of(self, run.arguments[self.shown_as], self.shown_as))
         if len(seen) not in (1, batch // each):
             raise InputError(
                 f"{self.shown_as}: {len(seen)} pictures given for {batch // each}", expected="one for all, or one for each"
@@ -99,20 +100,6 @@ class Shown(StableDiffusionBase):
         uncond = unseen.to(self.unet.dtype).expand_as(cond)
         tensors = {"prompt_embeds": torch.cat([uncond, cond]) if self.do_classifier_free_guidance else cond}
         return Conditioning(batch, run.guidance.branches, tensors)
-
-    def pixels(self, image: Any) -> Tensor:
-        """Pictures (batch, 3, rows, columns) as the image encoder takes them; a tensor is taken to be that already."""
-        where = {"device": self._execution_device, "dtype": self.image_encoder.dtype}
-        if isinstance(image, Tensor):
-            edge = self.image_encoder.config.image_size
-            check_shape(self.shown_as, image, (len(image), 3, edge, edge))
-            return image.to(**where)
-        items = listed(image, self.shown_as)
-        if isinstance(items[0], Image.Image):
-            pictures = [self.image_processor.convert_to_rgb(item) for item in items]
-        else:  # the feature extractor counts in bytes, whatever range arrays are in
-            pictures = self.image_processor.postprocess(self.image_processor.preprocess(image, name=self.shown_as))
-        return self.feature_extractor(images=pictures, return_tensors="pt").pixel_values.to(**where)
 
     def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """What the UNet is told of pictures, (batch, 1, width), and of none, (1, 1, width)."""
@@ -123,3 +110,27 @@ class Shown(StableDiffusionBase):
 def count(image: Any, name: str) -> int:
     """How many pictures an argument holds."""
     return sum(len(item) if getattr(item, "ndim", 3) == 4 else 1 for item in listed(image, name))
+
+
+def pixels_of(pipe: Any, image: Any, name: str) -> Tensor:
+    """Pictures (batch, 3, rows, columns) as the image encoder of a pipeline takes them.
+
+    Args:
+        pipe: The pipeline, with an image encoder and a feature extractor.
+        image: Pictures; a tensor is taken to be what the feature extractor makes.
+        name: The argument's name, for errors.
+
+    Raises:
+        InputError: It is no picture, or a tensor of another size than the encoder takes.
+    """
+    where = (pipe._execution_device, pipe.image_encoder.dtype)
+    if isinstance(image, Tensor):
+        edge = pipe.image_encoder.config.image_size
+        check_shape(name, image, (len(image), 3, edge, edge))
+        return image.to(*where)
+    items = listed(image, name)
+    if isinstance(items[0], Image.Image):
+        pictures = [pipe.image_processor.convert_to_rgb(item) for item in items]
+    else:  # the feature extractor counts in bytes, whatever range arrays are in
+        pictures = pipe.image_processor.postprocess(pipe.image_processor.preprocess(image, name=name))
+    return pipe.feature_extractor(images=pictures, return_tensors="pt").pixel_values.to(*where)

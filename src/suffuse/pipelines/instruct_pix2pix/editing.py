@@ -14,14 +14,22 @@ from suffuse.diffusion.conditioning import Channels, Conditioning, rows
 from suffuse.diffusion.latents import mean_of_image, repeats
 from suffuse.errors import InputError
 from suffuse.noise import Generators
+from suffuse.pipelines.features import Adapters, Controls
 from suffuse.pipelines.stable_diffusion.base import StableDiffusionBase
+from suffuse.processing.image import Frame
 
 TOLD = {"cond": "cond", "image": "uncond", "uncond": "uncond"}
 """Branch → the one of classifier-free guidance whose text it is told."""
 
 
+class BesideInstruction(Controls, Adapters, total=False):
+    """For pipelines that edit: their guidance is their own."""
+
+
 class Editing(StableDiffusionBase):
     """The verbs of editing by instruction."""
+
+    _scheduler_settings = {}
 
     @classmethod
     def input_channels(cls, latents: int) -> tuple[int, ...]:
@@ -42,9 +50,11 @@ class Editing(StableDiffusionBase):
         Returns:
             The result of the call.
         """
+        factor = self.vae_scale_factor if pictures.shape[1] == self.latent_channels else 1
+        further = self.further(Frame(pictures.shape[-2] * factor, pictures.shape[-1] * factor))
         way, steps = self.way()
         conditioning = self.encode()
-        conditioners = [*self.conditioners(conditioning), Channels(["image_latents"])]
+        conditioners = [*self.conditioners(conditioning), *further, Channels(["image_latents"])]
         batch, dtype = conditioning.batch, conditioning.tensors["prompt_embeds"].dtype
         guided = self.do_classifier_free_guidance
         shown = self.prepare_image_latents(pictures, batch, 1, dtype, self._execution_device, guided)

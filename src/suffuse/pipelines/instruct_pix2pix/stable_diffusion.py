@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from suffuse.diffusion.two_scale_guidance import TwoScaleGuidance
 from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
-from suffuse.pipelines.instruct_pix2pix.editing import Editing
+from suffuse.pipelines.instruct_pix2pix.editing import BesideInstruction, Editing
 from suffuse.pipelines.saved_run import SavedRun
 from suffuse.processing.image import ImageInput
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class StableDiffusionInstructPix2PixPipeline(Editing):
@@ -48,6 +51,7 @@ class StableDiffusionInstructPix2PixPipeline(Editing):
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
+        **values: Unpack[BesideInstruction],
     ) -> Any:
         """Edit pictures as prompts tell: "make it winter".
 

@@ -13,13 +13,14 @@ from suffuse.configuration import check_type
 from suffuse.diffusion.two_scale_guidance import TwoScaleGuidance
 from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
-from suffuse.pipelines.instruct_pix2pix.editing import Editing
+from suffuse.pipelines.instruct_pix2pix.editing import BesideInstruction, Editing
 from suffuse.pipelines.saved_run import SavedRun
 from suffuse.pipelines.stable_diffusion_xl.base import StableDiffusionXLBase
 from suffuse.processing.image import ImageInput
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from typing_extensions import Unpack
 
     from suffuse.models.autoencoder_kl import AutoencoderKL
     from suffuse.models.unet_2d_condition import UNet2DConditionModel
@@ -123,6 +124,7 @@ class StableDiffusionXLInstructPix2PixPipeline(StableDiffusionXLBase, Editing): 
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
+        **values: Unpack[BesideInstruction],
     ) -> Any:
         """Edit pictures as prompts tell: "make it winter".
 

@@ -116,6 +116,7 @@ class LDMTextToImagePipeline(DiffusionPipeline):
         conditioning = Conditioning(len(prompts), run.guidance.branches, {"prompt_embeds": embeds})
         rows, columns = (pixels // self.vae_scale_factor for pixels in size)
         begun = noise_for(self, (len(prompts), self.unet.config.in_channels, rows, columns), embeds.dtype)
+        begun = begun * run.scheduler.init_noise_sigma
         made = self.denoise(self.unet, conditioning, begun, run.scheduler.timesteps, steps, [text])
         if output_type == "latent":
             return result(self, made)

@@ -24,6 +24,7 @@ class PaintByExampleImageEncoder(PreTrainedModel):
 
     config_class = CLIPVisionConfig
     main_input_name = "pixel_values"
+    _supports_sdpa = _supports_flash_attn = True
     _no_split_modules = ["CLIPEncoderLayer"]
 
     def __init__(self, config: CLIPVisionConfig, proj_size: int | None = None) -> None:
@@ -66,8 +67,9 @@ class MapperBlock(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm1, self.norm3 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm1 = nn.LayerNorm(width)
         self.attn1 = Attention(width, heads=1, dim_head=width, bias=True)
+        self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -43,6 +43,10 @@ class ConsistencyModelPipeline(Unconditional):
             return drawn_classes(known, batch_size, self._run.arguments.get("generator")).to(device)
         return checked_classes(class_labels, known, batch_size).to(device)
 
+    def postprocess_image(self, sample: Tensor, output_type: str = "pil") -> Any:
+        """Pictures (batch, channels, rows, columns) in [-1, 1] as `output_type` says; what is beyond is cut off."""
+        return self.image_processor.postprocess(sample, output_type)
+
     @recipe
     def __call__(
         self,

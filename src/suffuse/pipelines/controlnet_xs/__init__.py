@@ -1,0 +1,1 @@
+"""ControlNet-XS, with Stable Diffusion and its XL: text to image under control of a picture."""

@@ -1,0 +1,214 @@
+"""Ways to guide that are passed in: equal to the peer's guiders at zero tolerance, and at work in pipelines."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass
+
+import diffusers
+import pytest
+import torch
+from diffusers.hooks import LayerSkipConfig
+from tasks import call, difference, folder, pair, set_scheduler
+
+import suffuse
+from suffuse.diffusion.guidance import ClassifierFreeGuidance
+from suffuse.diffusion.guidance_interval import GuidanceInterval
+from suffuse.diffusion.loop import Step
+from suffuse.diffusion.projected_guidance import AdaptiveProjectedGuidance, TangentialGuidance
+from suffuse.diffusion.worse_guidance import AutoGuidance, Skipped, Unattended, WorseGuidance
+from suffuse.diffusion.zero_star_guidance import ZeroStarGuidance
+from suffuse.errors import InputError
+
+QUICK = {"num_inference_steps": 3}
+STEPS = 4
+
+
+@dataclass
+class Spoken:
+    """A denoiser whose predictions are known."""
+
+    predictions: dict[str, torch.Tensor]
+
+    def __call__(self, step: Step, branches: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        return {branch: self.predictions[branch] for branch in branches}
+
+
+def way(guidance, guider, branches=("cond", "uncond"), names=("pred_cond", "pred_uncond")):
+    """The largest difference on a way of predictions of every size."""
+    worst = 0.0
+    for index in range(STEPS):
+        generator = torch.Generator().manual_seed(index)
+        predictions = [torch.randn(2, 4, 8, 6, generator=generator) * 10 ** (index - 1) for _ in branches]
+        step = Step(predictions[0], STEPS, index)
+        ours = guidance(Spoken(dict(zip(branches, predictions, strict=True))), step)
+        guider.set_state(index, STEPS, torch.tensor(0))
+        if index == 0 and getattr(guider, "adaptive_projected_guidance_momentum", None) is not None:
+            from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer
+
+            guider.momentum_buffer = MomentumBuffer(guider.adaptive_projected_guidance_momentum)
+        worst = max(worst, difference(ours, guider.forward(**dict(zip(names, predictions, strict=True))).pred))
+    return worst
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.6])
+@pytest.mark.parametrize("momentum", [0.0, -0.5])
+@pytest.mark.parametrize("longest", [0.0, 15.0])
+@pytest.mark.parametrize("parallel", [0.0, 0.3, 1.0])
+def test_adaptive_projected_guidance(parallel, longest, momentum, rescale):
+    guider = diffusers.AdaptiveProjectedGuidance(
+        6.0,
+        adaptive_projected_guidance_momentum=momentum or None,
+        adaptive_projected_guidance_rescale=longest,
+        eta=parallel,
+        guidance_rescale=rescale,
+    )
+    ours = AdaptiveProjectedGuidance(6.0, rescale, parallel=parallel, longest=longest, momentum=momentum)
+    assert way(ours, guider) == 0
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.6])
+def test_tangential_guidance(rescale):
+    assert way(TangentialGuidance(6.0, rescale), diffusers.TangentialClassifierFreeGuidance(6.0, guidance_rescale=rescale)) == 0
+
+
+@pytest.mark.parametrize("still", [0, 2])
+def test_zero_star_guidance(still):
+    assert way(ZeroStarGuidance(6.0, still=still), diffusers.ClassifierFreeZeroStarGuidance(6.0, zero_init_steps=still)) == 0
+
+
+def test_zero_star_guidance_rescaled():
+    guider = diffusers.ClassifierFreeZeroStarGuidance(6.0, zero_init_steps=0, guidance_rescale=0.6)
+    assert way(ZeroStarGuidance(6.0, 0.6, still=0), guider) == 0
+
+
+def test_standing_still_and_rescaled_is_no_nan():
+    # The peer divides zeros by their deviation there.
+    step = Step(torch.ones(1, 4, 8, 8), STEPS)
+    assert not ZeroStarGuidance(6.0, 0.6)(Spoken({}), step).any()
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0.0, 1.0), (0.25, 0.75), (0.5, 0.5), (0.3, 0.9)])
+def test_intervals(start, stop):
+    ours = GuidanceInterval(ClassifierFreeGuidance(6.0), start, stop)
+    assert (
+        way(ours, diffusers.ClassifierFreeGuidance(6.0, start=start, stop=stop)) < 1e-4
+    )  # a sum in another order, of large numbers
+    assert (
+        way(
+            GuidanceInterval(TangentialGuidance(6.0), start, stop),
+            diffusers.TangentialClassifierFreeGuidance(6.0, start=start, stop=stop),
+        )
+        == 0
+    )
+
+
+@pytest.mark.parametrize("interval", [(-0.1, 1.0), (0.6, 0.5), (0.0, 1.1)])
+def test_intervals_that_are_none_are_refused(interval):
+    with pytest.raises(InputError, match="no interval of guidance"):
+        GuidanceInterval(ClassifierFreeGuidance(6.0), *interval)
+
+
+def test_an_interval_has_the_scale_of_what_it_holds():
+    guidance = GuidanceInterval(ClassifierFreeGuidance(6.0), 0.2)
+    guidance.scale += 1
+    assert (guidance.guidance.scale, guidance.scale, guidance.branches) == (7.0, 7.0, ("uncond", "cond"))
+
+
+# ---------------------------------------------------------------- worse models
+
+
+@pytest.fixture
+def quiet_peer():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="diffusers.*")
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        yield
+
+
+@pytest.mark.parametrize("name", ["mid_block", "down_blocks.1", "up_blocks.0.attentions.1"])
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+def test_attention_that_does_not_look_around(quiet_peer, name, scale):
+    # The peer asks for three branches at once; here the worse one is asked for by itself, which rounds differently.
+    peer = diffusers.StableDiffusionPAGPipeline.from_pretrained(folder("text"), pag_applied_layers=[name])
+    peer.set_progress_bar_config(disable=True)
+    pipes = peer, pair("text")[1]
+    set_scheduler(pipes, "DDIMScheduler")
+    expected = call(peer, "text", guidance_scale=scale, pag_scale=3.0)
+    made = call(pipes[1], "text", guidance=WorseGuidance(scale, worse_scale=3.0, worsening=Unattended([name])))
+    assert difference(made, expected) < 1e-5
+    assert difference(made, call(pipes[1], "text", guidance_scale=scale)) > 0.01
+
+
+@pytest.mark.parametrize("names", [["mid_block"], ["down_blocks.1", "up_blocks.0.attentions.0"]])
+def test_blocks_that_are_skipped_do_nothing(quiet_peer, names):
+    pipe = pair("xl text")[1]
+    unet, inputs = pipe.unet, (torch.randn(1, 4, 8, 8), torch.tensor(10), torch.randn(1, 77, 64))
+    added = {"text_embeds": torch.randn(1, 32), "time_ids": torch.zeros(1, 6)}
+    peer = copy.deepcopy(pair("xl text")[0].unet)
+    for name in names:
+        for path, module in peer.named_modules():
+            if path.endswith(".transformer_blocks") and f"{path}.".startswith(f"{name}."):
+                diffusers.hooks.apply_layer_skip(peer, LayerSkipConfig(list(range(len(module))), fqn=path))
+    options = {"added_cond_kwargs": added}
+    with torch.no_grad():
+        ours = unet(*inputs, **options, cross_attention_kwargs=dict(Skipped(names)(unet)))[0]
+        assert difference(ours, peer(*inputs, **options)[0]) == 0
+        assert difference(ours, unet(*inputs, **options)[0]) > 1e-3
+
+
+@pytest.mark.parametrize("scale", [6.0, 1.0])
+def test_away_from_what_is_worse(scale):
+    guider = diffusers.SkipLayerGuidance(
+        scale, 2.8, skip_layer_guidance_start=0.0, skip_layer_guidance_stop=1.0, skip_layer_guidance_layers=[0]
+    )
+    cond, uncond, worse = (torch.randn(2, 4, 8, 8) for _ in range(3))
+    guider.set_state(1, STEPS, torch.tensor(0))
+    told = {"pred_cond": cond, "pred_cond_skip": worse} | ({"pred_uncond": uncond} if scale > 1 else {})
+    guided = uncond + scale * (cond - uncond) if scale > 1 else worse
+    expected = guider.forward(**told).pred
+    assert difference(expected, guided + 2.8 * (cond - worse)) < 1e-5
+
+
+def test_layers_that_are_not_there_are_told():
+    pipe = pair("text")[1]
+    with pytest.raises(InputError, match=r"no transformer block is below 'middle'(.|\n)*mid_block.attentions.0"):
+        call(pipe, "text", guidance=WorseGuidance(5.0, worsening=Unattended(["middle"])), **QUICK)
+
+
+def test_guided_by_a_worse_model():
+    pipe = pair("text")[1]
+    worse = suffuse.StableDiffusionPipeline.from_pretrained(folder("text")).unet
+    with torch.no_grad():
+        worse.conv_out.weight.mul_(0.5)
+    guidance = AutoGuidance(2.0, worse)
+    assert copy.deepcopy(guidance).worse is worse
+    made = call(pipe, "text", guidance=guidance, **QUICK)
+    plain = call(pipe, "text", guidance_scale=1.0, **QUICK)
+    assert difference(made, plain) > 0.01
+    assert difference(call(pipe, "text", guidance=AutoGuidance(1.0, worse), **QUICK), plain) < 1e-4
+
+
+# ---------------------------------------------------------------- in pipelines
+
+
+VALUES = {
+    "projected": AdaptiveProjectedGuidance(6.0, parallel=0.0, longest=15.0, momentum=-0.5),
+    "tangential": TangentialGuidance(6.0),
+    "zero star": ZeroStarGuidance(6.0),
+    "interval": GuidanceInterval(ClassifierFreeGuidance(6.0), 0.4, 0.8),
+    "unattended": WorseGuidance(6.0),
+    "skipped": GuidanceInterval(WorseGuidance(6.0, worsening=Skipped(["up_blocks.0"])), 0.0, 0.5),
+}
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("task", ["text", "image", "inpaint", "xl text", "control text"])
+def test_every_pipeline_takes_every_value_and_keeps_none(task, value):
+    pipe = pair(task)[1]
+    plain = call(pipe, task, guidance_scale=6.0, **QUICK)
+    first, second = (call(pipe, task, guidance=VALUES[value], **QUICK) for _ in range(2))
+    assert difference(first, second) == 0
+    assert difference(first, plain) > 1e-4
+    assert difference(call(pipe, task, guidance_scale=6.0, **QUICK), plain) == 0
