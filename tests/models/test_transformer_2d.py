@@ -80,6 +80,7 @@ def test_what_is_not_taken():
     for options, message in (
         ({"timestep": None}, "needs a timestep and a class"),
         ({"class_labels": None}, "needs a timestep and a class"),
+        ({"class_labels": torch.tensor([1])}, "1 given for 2 samples"),
         ({"hidden_states": noise(2, 4, 15, 16)}, "multiples of 2"),
         ({"hidden_states": noise(2, 3, 16, 16)}, r"\(batch, 4, height, width\)"),
         ({"encoder_hidden_states": noise(2, 5, 16)}, "attends to nothing but its own patches"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import random
 import runpy
@@ -22,6 +23,8 @@ from suffuse.pipelines.features import COMPOSED, EXCLUSIVE, FEATURES
 
 sys.path.append(str(Path(__file__).parent.parent / "adapters"))
 from factors import adapter
+from image_weights import FEATURES as SIZE
+from image_weights import image_encoder, ip_adapter
 
 PLAIN = {
     "text": {False: "StableDiffusionPipeline", True: "StableDiffusionXLPipeline"},
@@ -115,17 +118,32 @@ def parts(xl: bool) -> dict:
     """Components of a tiny pipeline whose UNet takes the features of every kind of adapter."""
     made = pair("xl text" if xl else "text")[1].components
     if not xl:
-        unet = tiny.unet(**BLOCKS)
+        unet = tiny.unet(**BLOCKS, attention_type="gated")
         made["unet"] = suffuse.UNet2DConditionModel.from_config(unet.config).eval()
         made["unet"].load_state_dict(unet.state_dict())
+        for name, parameter in made["unet"].named_parameters():
+            if "alpha_" in name:  # gates that let boxes through
+                torch.nn.init.constant_(parameter, 0.7)
         made |= {"safety_checker": None, "requires_safety_checker": False}
+    # One of its own: for adapters that are loaded onto it, and no other test sees.
+    made |= {"unet": copy.deepcopy(made["unet"]), "image_encoder": image_encoder(), "feature_extractor": tiny.image_processor()}
+    return made
+
+
+@cache
+def ungated(xl: bool):
+    """The same UNet, not trained for boxes: for it others were made."""
+    if xl:
+        return parts(xl)["unet"]
+    made = suffuse.UNet2DConditionModel.from_config(tiny.unet(**BLOCKS).config)
+    made.load_state_dict(tiny.unet(**BLOCKS).state_dict())
     return made
 
 
 @cache
 def net(xl: bool):
     """A ControlNet that says something."""
-    made = suffuse.ControlNetModel.from_unet(parts(xl)["unet"], conditioning_embedding_out_channels=(8, 16))
+    made = suffuse.ControlNetModel.from_unet(ungated(xl), conditioning_embedding_out_channels=(8, 16))
     torch.manual_seed(5)
     for parameter in made.parameters():
         if not parameter.any():
@@ -144,6 +162,25 @@ def t2i(xl: bool):
 def loaded_lora(pipe, given):
     pipe.load_lora_weights(adapter(pipe, components=("unet",)))
     return pipe.unload_lora_weights
+
+
+@cache
+def pictures_adapter(xl: bool):
+    """The tensors of an IP-Adapter."""
+    return ip_adapter(pair("xl text")[0].unet if xl else tiny.unet(**BLOCKS))
+
+
+def image_adapter(pipe, given):
+    pipe.load_ip_adapter(pictures_adapter("XL" in type(pipe).__name__))
+    given["ip_adapter_image"] = picture(seed=5)
+    return pipe.unload_ip_adapter
+
+
+def image_embeddings(pipe, given):
+    if "ip_adapter_image" not in given:
+        pipe.load_ip_adapter(pictures_adapter("XL" in type(pipe).__name__))
+    given["ip_adapter_image_embeds"] = [torch.randn(2, 1, SIZE, generator=torch.Generator().manual_seed(4))]
+    return pipe.unload_ip_adapter
 
 
 def learnt_word(pipe, given):
@@ -181,6 +218,9 @@ SWITCHES = {
     "inpainting": values(image=picture(), mask_image=mask()),
     "ControlNet": values(controlnet=net, control_image=picture(seed=3)),
     "T2I-Adapter": values(adapter=t2i, adapter_image=picture(seed=4)),
+    "IP-Adapter": image_adapter,
+    "IP-Adapter embeddings": image_embeddings,
+    "GLIGEN": values(gligen_boxes=[[0.1, 0.1, 0.6, 0.7]], gligen_phrases=["dog"], gligen_scheduled_sampling_beta=1.0),
     "guidance": values(guidance=lambda xl: ClassifierFreeGuidance(2.0, rescale=0.3)),
     "LoRA": loaded_lora,
     "textual inversion": learnt_word,
@@ -216,6 +256,10 @@ def check_that_each_counts(xl: bool, *names: str) -> None:
     asked = [feature for feature in FEATURES if feature.name in names]
     asked = [feature for feature in asked if not any(feature.unless == other.asked_by for other in asked)]
     both = {one.name for one in asked for other in asked if one is not other and one.writes & other.writes & EXCLUSIVE.keys()}
+    if xl and "GLIGEN" in names:  # whose text encoder makes no vectors that its UNet takes
+        with pytest.raises(InputError, match=r"no gated attention|cannot work together"):
+            drawn(xl, *names)
+        return
     if both:
         with pytest.raises(InputError, match="cannot work together") as told:
             drawn(xl, *names)

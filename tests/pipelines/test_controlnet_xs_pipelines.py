@@ -16,7 +16,7 @@ from tasks import align, difference, picture
 
 import suffuse
 from suffuse.diffusion.guidance import ClassifierFreeGuidance
-from suffuse.errors import ConfigError, InputError, UnknownArgumentError
+from suffuse.errors import AdapterError, ConfigError, InputError, UnknownArgumentError
 from suffuse.noise import CounterNoise
 
 NAMES = {"text": "StableDiffusionControlNetXSPipeline", "xl text": "StableDiffusionXLControlNetXSPipeline"}
@@ -169,6 +169,37 @@ def test_what_is_refused(case):
     with pytest.raises(error, match=message):
         call(pair("text")[1], generator=generator, **options)
     assert torch.equal(generator.get_state(), before)
+
+
+def test_from_a_pipeline_without_a_control_side():
+    _, ours = pair("text")
+    parts = {name: value for name, value in ours.components.items() if name != "controlnet"}
+    parts["unet"] = suffuse.UNet2DConditionModel.from_config(tiny.unet(layers_per_block=2).config)
+    plain = suffuse.StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    made = suffuse.StableDiffusionControlNetXSPipeline.from_pipe(plain, controlnet=ours.controlnet)
+    assert isinstance(made.unet, suffuse.UNetControlNetXSModel)
+    assert call(made, num_inference_steps=1).shape == (1, 64, 48, 3)
+    assert isinstance(plain.unet, suffuse.UNet2DConditionModel)
+
+
+def test_a_lora_of_a_plain_unet_is_refused_and_changes_nothing():
+    _, ours = pair("text")
+    before, layer = call(ours), "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    factors = {f"{layer}.lora_A.weight": torch.ones(4, 64), f"{layer}.lora_B.weight": torch.ones(64, 4)}
+    with pytest.raises(AdapterError, match="0 of 1 layers do"):
+        ours.load_lora_weights(factors)
+    assert difference(call(ours), before) == 0
+
+
+def test_a_callback_changes_the_way():
+    _, ours = pair("text")
+    told = {"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+
+    def forget(pipe, index, timestep, tensors):
+        return {"prompt_embeds": torch.zeros_like(tensors["prompt_embeds"])}
+
+    assert difference(call(ours, callback_on_step_end=forget, **told), call(ours)) > 0
+    assert difference(call(ours, callback_on_step_end=lambda *_: None, **told), call(ours)) == 0
 
 
 def test_a_control_side_of_another_unet_is_refused():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -23,7 +24,7 @@ from suffuse.diffusion.conditioning import Conditioning, ModelCall
 from suffuse.diffusion.grounding import Grounding, around_boxes
 from suffuse.diffusion.loop import Step
 from suffuse.errors import ConfigError, InputError, LimitError
-from suffuse.pipelines.gligen.boxes import centre, grounding
+from suffuse.pipelines.gligen.boxes import centre
 
 CLASSES = {
     "phrases": "StableDiffusionGLIGENPipeline",
@@ -163,6 +164,17 @@ def test_a_call_leaves_nothing_in_the_model_nor_in_what_it_was_given():
     assert not any(hasattr(gate, "enabled") for gate in gates)
 
 
+def test_threads_share_a_pipeline_with_other_parts_of_the_steps():
+    """The peer's switch in the model is one for all."""
+    ours = pair("phrases")[1]
+    set_scheduler(pair("phrases"), "DDIMScheduler")
+    parts = [0.0, 0.25, 0.5, 1.0]
+    alone = [call(ours, gligen_scheduled_sampling_beta=part) for part in parts]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda part: call(ours, gligen_scheduled_sampling_beta=part), parts))
+    assert all(difference(one, other) == 0 for one, other in zip(alone, together, strict=True))
+
+
 def test_the_part_of_the_steps_has_no_effect_where_there_are_pictures():
     """Neither here nor with the peer."""
     ours = pair("pictures")[1]
@@ -244,15 +256,11 @@ def test_any_pipeline_of_the_family_can_be_given_boxes():
     ours = pair("phrases")[1]
     set_scheduler(pair("phrases"), "DDIMScheduler")
 
-    class Boxed(suffuse.StableDiffusionPipeline):
-        def further(self, frame):
-            self._run.arguments |= {"gligen_phrases": ["a cat", "one big dog"], "gligen_boxes": BOXES}
-            return [*super().further(frame), grounding(self, 0.3)]
-
-    plain = Boxed.from_pipe(ours, image_encoder=None)
+    plain = suffuse.StableDiffusionPipeline.from_pipe(ours, image_encoder=None)
     plain.set_progress_bar_config(disable=True)
     asked = {"prompt": "two animals", "height": 64, "width": 48, "num_inference_steps": 4, "output_type": "np"}
-    made = plain(**asked, generator=torch.Generator().manual_seed(7)).images
+    told = {"gligen_phrases": ["a cat", "one big dog"], "gligen_boxes": BOXES, "gligen_scheduled_sampling_beta": 0.3}
+    made = plain(**asked, **told, generator=torch.Generator().manual_seed(7)).images
     assert difference(made, call(ours)) == 0
 
 
@@ -394,6 +402,18 @@ def test_a_unet_without_gates_is_refused():
     swapped = type(pair("pictures")[1])(**pair("pictures")[1].components | {"unet": ours.unet}, requires_safety_checker=False)
     with pytest.raises(InputError, match="told phrases alone"):
         call(swapped, **SHOWN)
+
+
+def test_phrases_need_a_text_encoder():
+    ours = pair("phrases")[1]
+    without = type(ours)(**ours.components | {"text_encoder": None}, requires_safety_checker=False)
+    with pytest.raises(InputError, match="no text_encoder, which this call needs"):
+        call(without)
+    plain = suffuse.StableDiffusionPipeline.from_pipe(ours, image_encoder=None, text_encoder=None)
+    told = {"gligen_phrases": ["a cat"], "gligen_boxes": BOXES[:1], "height": 64, "width": 64}
+    embeds = {"prompt_embeds": torch.zeros(1, 77, 32), "negative_prompt_embeds": torch.zeros(1, 77, 32)}
+    with pytest.raises(InputError, match="no text encoder, which gligen_phrases need"):
+        plain(**embeds, **told)
 
 
 def test_components_of_another_kind_are_refused():

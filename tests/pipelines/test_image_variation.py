@@ -171,3 +171,13 @@ def test_an_image_encoder_of_another_width_is_refused():
     ours = pair()[1]
     with pytest.raises(ConfigError, match="projection_dim=24, cross_attention_dim=32"):
         type(ours)(**ours.components | {"image_encoder": vision_model(24)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_of_half_precision(dtype, tmp_path):
+    ours = pair()[1]
+    set_scheduler(pair(), "DDIMScheduler")
+    ours.save_pretrained(tmp_path / "saved")
+    half = suffuse.DiffusionPipeline.from_pretrained(tmp_path / "saved", torch_dtype=dtype)
+    half.set_progress_bar_config(disable=True)
+    assert difference(call(half), call(ours)) < 0.1

@@ -164,3 +164,13 @@ def test_a_unet_of_another_task_is_refused():
     other = suffuse.UNet2DConditionModel.from_config(tiny.unet(4).config)
     with pytest.raises(ConfigError, match=r"in_channels=4(.|\n)*expected: 8"):
         type(ours)(**ours.components | {"unet": other})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_of_half_precision(dtype, tmp_path):
+    ours = pair()[1]
+    set_scheduler(pair(), "EulerDiscreteScheduler")
+    ours.save_pretrained(tmp_path / "saved")
+    half = suffuse.DiffusionPipeline.from_pretrained(tmp_path / "saved", torch_dtype=dtype)
+    half.set_progress_bar_config(disable=True)
+    assert difference(call(half), call(ours)) < 0.1

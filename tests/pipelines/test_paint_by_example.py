@@ -214,3 +214,13 @@ def test_without_a_checker_nothing_is_said():
     made = type(ours)(**ours.components | {"safety_checker": None})
     made.set_progress_bar_config(disable=True)
     assert np.isfinite(call(made)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_of_half_precision(dtype, tmp_path):
+    ours = pair()[1]
+    set_scheduler(pair(), "DDIMScheduler")
+    ours.save_pretrained(tmp_path / "saved")
+    half = suffuse.DiffusionPipeline.from_pretrained(tmp_path / "saved", torch_dtype=dtype)
+    half.set_progress_bar_config(disable=True)
+    assert difference(call(half), call(ours)) < 0.1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -68,9 +69,9 @@ def labels(**options) -> Callable[[Path], dict[str, Any]]:
 
 
 CONSISTENCY = ("ConsistencyModelPipeline", pixels(), "CMStochasticIterativeScheduler")
-PAINTED = {"image": picture(), "mask_image": mask(), "jump_length": 2, "jump_n_sample": 2, "num_inference_steps": 6}
+PAINTED = {"image": picture(32, 32), "mask_image": mask(32, 32), "jump_length": 2, "jump_n_sample": 2, "num_inference_steps": 6}
 TWO_IMAGES = {"image": torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1}
-TWO_MASKS = (torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(2)) > 0.5).float()
+TWO_MASKS = (torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(2)) > 0.5).float()
 SUPER = {"image": picture(40, 72)}
 KINDS = {
     "ddpm": Kind("DDPMPipeline", pixels(), "DDPMScheduler"),
@@ -94,7 +95,7 @@ KINDS = {
         pixels(),
         "RePaintScheduler",
         PAINTED,
-        {"image": [picture(seed=1), picture(seed=2)], "mask_image": TWO_MASKS},
+        {"image": [picture(32, 32, 1), picture(32, 32, 2)], "mask_image": TWO_MASKS},
         tensors_out=False,
     ),
     "ldm": Kind("LDMPipeline", latents(sample_size=16), tensors_out=False),
@@ -343,9 +344,19 @@ def test_repainting_draws_each_picture_with_its_own_generator():
 
 def test_repainting_keeps_what_the_mask_shows_white():
     _, ours = pair("repaint")
-    kept = torch.ones(1, 1, 64, 64)
+    kept = torch.ones(1, 1, 32, 32)
     made = call(ours, "repaint", mask_image=kept, output_type="pt")
-    assert difference(made, ours.image_processor.preprocess(picture()) / 2 + 0.5) < 0.05
+    assert difference(made, ours.image_processor.preprocess(picture(32, 32)) / 2 + 0.5) < 0.05
+
+
+@pytest.mark.parametrize("kind", ["repaint", "score", "ldm text, guided", "dit"])
+def test_threads_share_a_pipeline(kind):
+    _, ours = pair(kind)
+    settings = {"num_inference_steps": 6, "output_type": "np", **KINDS[kind].call}
+    serial = [ours(**settings, seed=seed).images for seed in range(3)]
+    with ThreadPoolExecutor(3) as threads:
+        together = list(threads.map(lambda seed: ours(**settings, seed=seed).images, range(3)))
+    assert difference(serial, together) == 0
 
 
 def test_the_schedulers_of_a_run_are_its_own():
@@ -394,8 +405,8 @@ BAD: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
     "no jump": ("repaint", {"jump_length": 0}, InputError, "jump_length=0 is out of range"),
     "no sample of a jump": ("repaint", {"jump_n_sample": 0}, InputError, "jump_n_sample=0 is out of range"),
     "no picture": ("repaint", {"image": None}, InputError, "image"),
-    "a mask of another size": ("repaint", {"mask_image": mask(32, 32)}, InputError, "mask_image and image differ in size"),
-    "masks for other pictures": ("repaint", {"mask_image": [mask()] * 3}, InputError, "mask_image: 3 given for 1 pictures"),
+    "a mask of another size": ("repaint", {"mask_image": mask()}, InputError, "mask_image and image differ in size"),
+    "masks for other pictures": ("repaint", {"mask_image": [mask(32, 32)] * 3}, InputError, "mask_image: 3 given for 1 pictures"),
     "no small picture": ("ldm super", {"image": None}, InputError, "image"),
     "a batch of other pictures": ("ldm super", {"batch_size": 3}, InputError, "batch_size=3 for 1 pictures"),
     "no prompt": ("ldm text", {"prompt": None}, InputError, "prompt is missing"),

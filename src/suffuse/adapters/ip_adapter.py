@@ -39,6 +39,8 @@ from suffuse.models.lora import LoraFile, load_lora
 
 MASKS = "ip_adapter_masks"
 """The key of masks in `cross_attention_kwargs`."""
+PROMPTED = ("ip_adapter_image", "ip_adapter_image_embeds", "ip_adapter_scale")
+"""Keywords of calls."""
 KINDS = "PIL pictures, or arrays (height, width, 3)"
 USUAL_SIZE = 224
 """Rows and columns that image encoders see, where none says."""
@@ -263,38 +265,43 @@ class IPAdapterMixin:
 # ---------------------------------------------------------------- in a call
 
 
-def image_prompts(pipe: Any) -> list[Conditioner]:
-    """What lets the UNet of a run attend to pictures: nothing, if no adapter is loaded or none of it is wanted.
-
-    Raises:
-        InputError: There are pictures and no adapter, or an adapter and no pictures; or they do not go together.
-    """
-    run, adapters = pipe._run, image_adapters_of(pipe.unet)
-    names = ("ip_adapter_image", "ip_adapter_image_embeds", "ip_adapter_scale")
-    image, embeds, scale = (run.arguments.get(name) for name in names)
-    given = [name for name, value in zip(names, (image, embeds, scale), strict=True) if value is not None]
-    masks: Any = (run.cross_attention_kwargs or {}).get(MASKS)
+def check_image_prompts(pipe: Any, arguments: Mapping[str, Any]) -> None:
+    """Raise `InputError` if a call has pictures and no adapter, or an adapter and no pictures; or they do not go together."""
+    adapters, masks = image_adapters_of(pipe.unet), (arguments.get("cross_attention_kwargs") or {}).get(MASKS)
+    given = [name for name in PROMPTED if arguments.get(name) is not None] + ([] if masks is None else [MASKS])
     if adapters is None:
-        if given or masks is not None:
+        if given:
             raise InputError(
-                f"{(*given, MASKS)[0]} is given and no IP-Adapter is loaded",
-                remedy="pipe.load_ip_adapter(…) first, or leave it out",
+                f"{given[0]} is given and no IP-Adapter is loaded", remedy="pipe.load_ip_adapter(…) first, or leave it out"
             )
-        return []
-    scales = adapters.scales if scale is None else scales_for(adapters, scale)
-    if image is None and embeds is None:
-        if all(own == 0 for own in scales):
-            return []
-        takes = names[0] in run.arguments or names[1] in run.arguments
-        raise InputError(
-            "an IP-Adapter is loaded, and no picture is given",
-            remedy="pass ip_adapter_image or ip_adapter_image_embeds; to draw without, pipe.set_ip_adapter_scale(0)"
-            if takes
-            else f"{type(pipe).__name__} takes none: pipe.unload_ip_adapter(), or pipe.set_ip_adapter_scale(0)",
-        )
-    if image is not None and embeds is not None:
+        return
+    if {*PROMPTED[:2]} <= {*given}:
         raise InputError("ip_adapter_image and ip_adapter_image_embeds are both given", remedy="pass one of the two")
+    if not {*PROMPTED[:2]} & {*given}:
+        if any(own != 0 for own in _scales(adapters, arguments)):
+            takes = PROMPTED[0] in arguments or PROMPTED[1] in arguments
+            raise InputError(
+                "an IP-Adapter is loaded, and no picture is given",
+                remedy="pass ip_adapter_image or ip_adapter_image_embeds; to draw without, pipe.set_ip_adapter_scale(0)"
+                if takes
+                else f"{type(pipe).__name__} takes none: pipe.unload_ip_adapter(), or pipe.set_ip_adapter_scale(0)",
+            )
+        return
     adapters.check_processors()
+
+
+def _scales(adapters: ImageAdapters, arguments: Mapping[str, Any]) -> list[Scale]:
+    scale = arguments.get(PROMPTED[2])
+    return adapters.scales if scale is None else scales_for(adapters, scale)
+
+
+def image_prompts(pipe: Any) -> list[Conditioner]:
+    """What lets the UNet of a run attend to pictures: nothing, if there are none."""
+    run, adapters = pipe._run, image_adapters_of(pipe.unet)
+    image, embeds = (run.arguments.get(name) for name in PROMPTED[:2])
+    if adapters is None or (image is None and embeds is None):
+        return []
+    scales, masks = _scales(adapters, run.arguments), (run.cross_attention_kwargs or {}).get(MASKS)
     guided = image is not None or any(branch in SILENT for branch in run.guidance.branches)
     device, dtype = pipe._execution_device, pipe.unet.dtype
     said = [own.to(dtype) for own in pipe.prepare_ip_adapter_image_embeds(image, embeds, device, 1, guided)]

@@ -11,7 +11,7 @@ Queries, keys and values are (batch, heads, tokens, size) between the two.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from suffuse.layers.attention import Attention
 
 Heads = tuple[Tensor, Tensor, Tensor]
+Watch = Callable[[Tensor], None]
+"""Is shown the probabilities of a layer, (batch · heads, tokens, context tokens), in each call of it."""
 
 
 class Processor:
@@ -42,6 +44,7 @@ class Processor:
         temb: Tensor | None = None,
         image_prompts: ImagePrompts | None = None,
         unattended: Container[Attention] = (),
+        watched: Mapping[Attention, Watch] | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -53,6 +56,7 @@ class Processor:
             temb: For a spatial normalisation.
             image_prompts: Layer → pictures that it attends to as well.
             unattended: Layers of self-attention in which each position gets its own value.
+            watched: Layer → what is shown its probabilities, which are then formed in memory.
         """
         residual = hidden_states
         if attn.spatial_norm is not None:
@@ -61,8 +65,11 @@ class Processor:
         given = by_channel.transpose(1, 2)
         tokens = given if attn.group_norm is None else attn.group_norm(by_channel).transpose(1, 2)
         query, key, value = self.project(attn, tokens, encoder_hidden_states, given)
+        watch = (watched or {}).get(attn)
         if attn in unattended:
             hidden_states = value.transpose(1, 2).flatten(2)
+        elif watch is not None:
+            hidden_states = _shown(watch, attn, query, key, value, _bias(attn, attention_mask, query, key))
         else:
             hidden_states = self.attend(attn, query, key, value, _bias(attn, attention_mask, query, key))
         for prompt in (image_prompts or {}).get(attn, ()):
@@ -118,8 +125,7 @@ def with_kernel(_: Processor, attn: Attention, query: Tensor, key: Tensor, value
 
 def with_probabilities(_: Processor, attn: Attention, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
     """The formula as written: softmax(QKᵀ / √d) V."""
-    query, key, value, bias = _by_head(query, key, value, bias)
-    return attn.batch_to_head_dim(torch.bmm(attn.get_attention_scores(query, key, bias), value))
+    return _shown(lambda _: None, attn, query, key, value, bias)
 
 
 def in_slices(
@@ -219,6 +225,13 @@ class XFormersAttnAddedKVProcessor(XFormersAttnProcessor):
 
 ADDED_KV_PROCESSORS = (AttnAddedKVProcessor, AttnAddedKVProcessor2_0, SlicedAttnAddedKVProcessor, XFormersAttnAddedKVProcessor)
 """The processors of attention with added keys and values."""
+
+
+def _shown(watch: Watch, attn: Attention, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    query, key, value, bias = _by_head(query, key, value, bias)
+    probabilities = attn.get_attention_scores(query, key, bias)
+    watch(probabilities)
+    return attn.batch_to_head_dim(torch.bmm(probabilities, value))
 
 
 def _heads(attn: Attention, tokens: Tensor) -> Tensor:

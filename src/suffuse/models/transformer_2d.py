@@ -196,6 +196,8 @@ class PatchTransformer(AttentionServices, ModelMixin):
             raise InputError(
                 "this transformer needs a timestep and a class for each sample", remedy="pass timestep, class_labels"
             )
+        if len(labels) != len(sample):
+            raise InputError(f"class_labels: {len(labels)} given for {len(sample)} samples", expected="one for each")
         timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
         tokens = self.pos_embed(sample)
         blocks = cast("list[AdaptiveBlock]", list(self.transformer_blocks))

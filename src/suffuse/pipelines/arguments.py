@@ -194,7 +194,7 @@ def each(check: Check) -> Check:
 
 def guides(name: str, value: Any) -> None:
     """Something that asks for branches and combines their predictions."""
-    if not callable(value) or not hasattr(value, "branches"):
+    if isinstance(value, type) or not callable(value) or not hasattr(value, "branches"):
         expected = "a value of suffuse.diffusion.guidance, ClassifierFreeGuidance(7.5) for example"
         raise InputError(f"{name} combines no predictions", found=_shown(value), expected=expected)
 
@@ -413,7 +413,9 @@ ARGUMENTS: dict[str, Argument] = {
     "gligen_images": Argument("What stands in each of them, as PIL pictures; None for what a phrase says.", each_or_none(pil)),
     "gligen_boxes": Argument("(left, top, right, bottom) of each thing, from 0 to 1; at most 30.", boxes),
     "gligen_inpaint_image": Argument("A picture to keep around the boxes, of which the middle is taken.", optional(pil)),
-    "gligen_scheduled_sampling_beta": Argument("The part of the steps, from the first, in which boxes are told.", number(0, 1)),
+    "gligen_scheduled_sampling_beta": Argument(
+        "The part of the steps, from the first, in which boxes are told.", number(0, 1), 0.3
+    ),
     "gligen_normalize_constant": Argument("How long the vector of a picture is made.", number(0)),
     "input_phrases_mask": Argument("Whether phrases count, 1 or 0; or for each.", optional(each(whole(0, 1)))),
     "input_images_mask": Argument("Whether pictures count, 1 or 0; or for each.", optional(each(whole(0, 1)))),
@@ -421,6 +423,9 @@ ARGUMENTS: dict[str, Argument] = {
     "noise_level": Argument(
         "How much noise to put on the picture first, in steps of training: more leaves more to invent.", whole(0)
     ),
+    "image_embeds": Argument("(batch, width): what the image encoder makes of pictures, instead of them.", tensor(dimensions=2)),
+    # Attention that is watched.
+    "sag_scale": Argument("How much to favour what the model looks at over a blur of it, about 0 to 1; 0: not at all.", number(0)),
 }
 """Keyword → what it means and may be. Docstrings, checks and the documentation are filled from here."""
 

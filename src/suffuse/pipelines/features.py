@@ -18,6 +18,7 @@ from suffuse.models.controlnet import ControlNetModel, MultiControlNetModel
 from suffuse.models.t2i_adapter import MultiAdapter, T2IAdapter
 from suffuse.pipelines.arguments import ARGUMENTS
 from suffuse.pipelines.controlnet.controls import controls, one_model
+from suffuse.pipelines.gligen.boxes import check_boxes, grounding
 from suffuse.pipelines.t2i_adapter.adapters import adapter_features, one_adapter
 from suffuse.processing.image import Frame, ImageInput
 
@@ -67,25 +68,37 @@ class Pictures(TypedDict, total=False):
     ip_adapter_scale: float | Mapping[str, Any] | Sequence[Any] | None
 
 
+class Boxes(TypedDict, total=False):
+    """What stands where, for a UNet that was trained to be told (GLIGEN)."""
+
+    gligen_phrases: list[str] | None
+    gligen_boxes: list[list[float]] | None
+    gligen_scheduled_sampling_beta: float
+
+
 class Guided(TypedDict, total=False):
     """Another way to combine predictions."""
 
     guidance: Guidance | None
 
 
-class BesideControl(Adapters, Pictures, Guided, total=False):
+class BesideControl(Adapters, Pictures, Boxes, Guided, total=False):
     """For pipelines that have a ControlNet of their own."""
 
 
-class BesideAdapter(Controls, Pictures, Guided, total=False):
+class BesideAdapter(Controls, Pictures, Boxes, Guided, total=False):
     """For pipelines that have a T2I-Adapter of their own."""
 
 
-class BesidePicture(Controls, Adapters, Pictures, Guided, total=False):
+class BesideBoxes(Controls, Adapters, Pictures, Guided, total=False):
+    """For pipelines that are told boxes anyway."""
+
+
+class BesidePicture(Controls, Adapters, Pictures, Boxes, Guided, total=False):
     """For pipelines that begin with a picture."""
 
 
-class Values(Beginnings, Controls, Adapters, Pictures, Guided, total=False):
+class Values(Beginnings, Controls, Adapters, Pictures, Boxes, Guided, total=False):
     """For pipelines that begin with noise."""
 
 
@@ -94,7 +107,11 @@ class Values(Beginnings, Controls, Adapters, Pictures, Guided, total=False):
 COMPOSED = tuple(Values.__annotations__)
 """The keywords of all features."""
 
-EXCLUSIVE: Mapping[str, str] = {"beginning": "a run begins with one thing", "branches": "one guidance combines the predictions"}
+EXCLUSIVE: Mapping[str, str] = {
+    "beginning": "a run begins with one thing",
+    "branches": "one guidance combines the predictions",
+    "image tokens": "pictures to take after are said once",
+}
 """Places that one feature alone can write, and why."""
 
 
@@ -108,9 +125,10 @@ class Feature:
         needs: Keyword without which that one means nothing → what it may be, or a list of.
         settings: Keywords that mean nothing without it.
         reads: What it sees of a run.
-        writes: What it changes: tokens, text, beginning, channels, added conditions, residuals, attention, weights, branches,
-            latents between steps.
+        writes: What it changes: tokens, text, beginning, channels, added conditions, image tokens, residuals, attention,
+            weights, branches, latents between steps.
         unless: A keyword that makes another feature of it.
+        ready: Raises `InputError` if the pipeline cannot do what the arguments of a call ask for; computes nothing.
         values: From a pipeline that is called, and the frame that is filled, to what the UNet sees.
         size: From a pipeline that is called, and the (height, width) asked for, to the one of the result.
     """
@@ -122,6 +140,7 @@ class Feature:
     reads: frozenset[str] = frozenset()
     writes: frozenset[str] = frozenset()
     unless: str = ""
+    ready: Callable[[Any, Mapping[str, Any]], None] = field(default=lambda pipe, arguments: None)
     values: Callable[[Any, Frame], Sequence[Conditioner]] = field(default=lambda pipe, frame: ())
     size: Callable[[Any, int | None, int | None], tuple[int, int]] | None = None
 
@@ -140,6 +159,10 @@ def _controls(pipe: Any, frame: Frame) -> Sequence[Conditioner]:
 
 def _adapters(pipe: Any, frame: Frame) -> Sequence[Conditioner]:
     return [adapter_features(pipe, one_adapter(pipe._run.arguments["adapter"]), "adapter_image", frame)]
+
+
+def _boxes(pipe: Any, frame: Frame) -> Sequence[Conditioner]:
+    return [grounding(pipe, pipe._run.arguments["gligen_scheduled_sampling_beta"])]
 
 
 def _adapter_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, int]:
@@ -178,8 +201,19 @@ FEATURES: tuple[Feature, ...] = (
         values=_adapters,
         size=_adapter_size,
     ),
-    Feature("IP-Adapter", "ip_adapter_image", settings=("ip_adapter_scale",), writes=frozenset({"attention"})),
-    Feature("IP-Adapter embeddings", "ip_adapter_image_embeds", settings=("ip_adapter_scale",), writes=frozenset({"attention"})),
+    Feature("IP-Adapter", "ip_adapter_image", settings=("ip_adapter_scale",), writes=frozenset({"image tokens"})),
+    Feature(
+        "IP-Adapter embeddings", "ip_adapter_image_embeds", settings=("ip_adapter_scale",), writes=frozenset({"image tokens"})
+    ),
+    Feature(
+        "GLIGEN",
+        "gligen_boxes",
+        needs={"gligen_phrases": (str,)},
+        settings=("gligen_scheduled_sampling_beta",),
+        writes=frozenset({"attention"}),
+        ready=lambda pipe, arguments: check_boxes(arguments),
+        values=_boxes,
+    ),
     Feature("guidance", "guidance", writes=frozenset({"branches"})),
     Feature("LoRA", "load_lora_weights", writes=frozenset({"weights"})),
     Feature("textual inversion", "load_textual_inversion", writes=frozenset({"tokens"})),
@@ -215,6 +249,7 @@ def check_features(pipe: Any, arguments: Mapping[str, Any]) -> None:
                 if not isinstance(one, kinds):
                     expected = " or ".join(kind.__name__ for kind in kinds)
                     raise InputError(f"{need} is no {feature.name}", found=type(one).__name__, expected=f"{expected}, or a list")
+        feature.ready(pipe, arguments)
     means = {name for feature in asked for name in (feature.asked_by, *feature.needs, *feature.settings)}
     for name in pipe.__call__.values:
         if name not in means and not _is_default(name, arguments[name]):

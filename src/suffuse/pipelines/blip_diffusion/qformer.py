@@ -117,14 +117,18 @@ class Blip2QFormerModel(PreTrainedModel):
             MissingFileError: It is not on this machine, and could not be fetched.
         """
         name = getattr(self.config, "tokenizer", None) or TOKENIZER
+        problem = "no words"
         try:
-            tokenizer = BertTokenizer.from_pretrained(name, truncation_side="right")
+            tokenizer: Any = BertTokenizer.from_pretrained(name, truncation_side="right")
         except (OSError, ValueError) as error:
+            tokenizer, problem = None, str(error).splitlines()[0]
+        # Of a file that it cannot find, transformers makes a tokenizer that knows no word.
+        if tokenizer is None or len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise MissingFileError(
                 f"the names of subjects are read with the tokenizer {name}, which is not here",
-                found=str(error).splitlines()[0],
+                found=problem,
                 remedy="pipe.qformer.tokenizer = transformers.BertTokenizer.from_pretrained(…)",
-            ) from None
+            )
         tokenizer.add_special_tokens({"bos_token": "[DEC]"})
         return tokenizer
 

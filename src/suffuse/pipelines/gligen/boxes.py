@@ -54,6 +54,8 @@ def grounding(pipe: Any, part: float) -> Grounding:
     pictured = unet.config.attention_type == PICTURED
     if not pictured and (arguments.get("gligen_images") is not None or None in (arguments["gligen_phrases"] or [None])):
         raise InputError("this UNet is told phrases alone", remedy="pass gligen_phrases, and no gligen_images")
+    if pipe.text_encoder is None or pipe.tokenizer is None:
+        raise InputError("this pipeline has no text encoder, which gligen_phrases need", remedy="load it with its text_encoder")
     corners = torch.tensor(arguments["gligen_boxes"], dtype=pipe.text_encoder.dtype, device=pipe._execution_device)
     objects = {"boxes": padded(corners), "masks": padded(corners.new_ones(len(corners)))}
     if not pictured:

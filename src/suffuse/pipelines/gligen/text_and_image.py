@@ -11,7 +11,7 @@ from torch import Tensor
 
 from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
-from suffuse.pipelines.features import BesidePicture
+from suffuse.pipelines.features import BesideBoxes
 from suffuse.pipelines.gligen.grounded import Grounded
 from suffuse.pipelines.saved_run import SavedRun
 
@@ -93,7 +93,7 @@ class StableDiffusionGLIGENTextImagePipeline(Grounded):
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
-        **values: Unpack[BesidePicture],
+        **values: Unpack[BesideBoxes],
     ) -> Any:
         """Draw what prompts say, with what phrases say and pictures show where boxes say, in all steps: as in diffusers,
         `gligen_scheduled_sampling_beta` has no effect here.

@@ -14,7 +14,7 @@ from suffuse.diffusion.conditioning import Channels, Conditioning, rows
 from suffuse.diffusion.latents import mean_of_image, repeats
 from suffuse.errors import InputError
 from suffuse.noise import Generators
-from suffuse.pipelines.features import Adapters, Controls
+from suffuse.pipelines.features import Adapters, Boxes, Controls, Pictures
 from suffuse.pipelines.stable_diffusion.base import StableDiffusionBase
 from suffuse.processing.image import Frame
 
@@ -22,7 +22,7 @@ TOLD = {"cond": "cond", "image": "uncond", "uncond": "uncond"}
 """Branch → the one of classifier-free guidance whose text it is told."""
 
 
-class BesideInstruction(Controls, Adapters, total=False):
+class BesideInstruction(Controls, Adapters, Pictures, Boxes, total=False):
     """For pipelines that edit: their guidance is their own."""
 
 

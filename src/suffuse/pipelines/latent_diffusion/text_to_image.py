@@ -19,7 +19,7 @@ from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import check_pixels, recipe
 from suffuse.pipelines.pipeline import DiffusionPipeline
 from suffuse.pipelines.saved_run import SavedRun
-from suffuse.pipelines.unconditional.base import noise_for, result
+from suffuse.pipelines.unconditional.base import noise_for, result, trained_size
 from suffuse.schedulers.scheduler import SchedulerMixin
 
 if TYPE_CHECKING:
@@ -106,8 +106,8 @@ class LDMTextToImagePipeline(DiffusionPipeline):
             NonFiniteError: The numbers overflowed; says where.
         """
         run, prompts = self._run, listed(prompt)
-        trained = self.unet.config.sample_size * self.vae_scale_factor
-        size = (trained if height is None else height, trained if width is None else width)
+        trained = (edge * self.vae_scale_factor for edge in trained_size(self.unet))
+        size = [own if asked is None else asked for asked, own in zip((height, width), trained, strict=True)]
         check_pixels(*size)
         run.guidance = TwoSidedGuidance(guidance_scale)
         steps = run.set_timesteps(self._execution_device)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from suffuse.adapters.ip_adapter import MASKS, IPAdapterMixin, image_prompts
+from suffuse.adapters.ip_adapter import MASKS, IPAdapterMixin, check_image_prompts, image_prompts
 from suffuse.adapters.lora import LoraLoaderMixin
 from suffuse.adapters.textual_inversion import TextualInversionLoaderMixin
 from suffuse.configuration import check_type
@@ -140,6 +140,7 @@ class StableDiffusionBase(LoraLoaderMixin, TextualInversionLoaderMixin, IPAdapte
         check_prompts(arguments)
         check_second_prompts(arguments)
         check_features(self, arguments)
+        check_image_prompts(self, arguments)
 
     def pictures_of(self, arguments: dict[str, Any]) -> int:
         """How many pictures a call makes at once."""

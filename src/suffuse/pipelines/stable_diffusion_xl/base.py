@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from suffuse.adapters.lora import StableDiffusionXLLoraLoaderMixin
 from suffuse.configuration import check_type
 from suffuse.diffusion.conditioning import Conditioner, Conditioning, ModelCall
-from suffuse.diffusion.loop import Hook, Step
+from suffuse.diffusion.loop import Step
 from suffuse.diffusion.prompts import encode_text_and_pool, listed, repeat_rows
 from suffuse.diffusion.weighted_prompts import length_for
 from suffuse.errors import ConfigError, InputError
@@ -290,16 +290,7 @@ class StableDiffusionXLBase(StableDiffusionXLLoraLoaderMixin, StableDiffusionBas
         """What the UNet of the run sees: the prompts, the sizes, and what the call asks to hand on."""
         return [*super().conditioners(conditioning), pooled_and_sizes]
 
-    def denoise(
-        self,
-        model: nn.Module,
-        conditioning: Conditioning,
-        latents: Tensor,
-        timesteps: Tensor,
-        num_inference_steps: int,
-        conditioners: Sequence[Conditioner],
-        hooks: Sequence[Hook] = (),
-    ) -> Tensor:
+    def denoise(self, model: nn.Module, conditioning: Conditioning, latents: Tensor, *way: Any, **more: Any) -> Tensor:
         """Walk latents down the timesteps; the sizes that the call leaves open are those of the latents."""
         height, width = (size * self.vae_scale_factor for size in latents.shape[-2:])
         dtype = conditioning.tensors["prompt_embeds"].dtype
@@ -309,7 +300,7 @@ class StableDiffusionXLBase(StableDiffusionXLLoraLoaderMixin, StableDiffusionBas
         )
         guided = self.do_classifier_free_guidance
         conditioning.tensors |= {self._negative_ids: uncond, "add_time_ids": torch.cat([uncond, cond]) if guided else cond}
-        return super().denoise(model, conditioning, latents, timesteps, num_inference_steps, conditioners, hooks)
+        return super().denoise(model, conditioning, latents, *way, **more)
 
     # ------------------------------------------------------------ a part of the way
 

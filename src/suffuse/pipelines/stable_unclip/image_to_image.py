@@ -181,8 +181,7 @@ class StableUnCLIPImg2ImgPipeline(StableDiffusionBase):
             generator: What it is drawn from.
         """
         if noise is None:
-            where = {"device": image_embeds.device, "dtype": image_embeds.dtype}
-            noise = randn_tensor(image_embeds.shape, generator=generator, **where)
+            noise = randn_tensor(image_embeds.shape, generator, image_embeds.device, image_embeds.dtype)
         levels = torch.tensor([int(noise_level)] * len(image_embeds), device=image_embeds.device)
         normal = self.image_noising_scheduler.add_noise(self.image_normalizer.scale(image_embeds), noise, levels)
         noised = self.image_normalizer.unscale(normal)

@@ -35,29 +35,13 @@ class Unconditional(DiffusionPipeline):
     def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin) -> None:
         self.register_modules(unet=unet, scheduler=scheduler)
 
-    @property
-    def trained_size(self) -> tuple[int, int]:
-        """(rows, columns) of what the UNet was trained on.
-
-        Raises:
-            ConfigError: It does not say.
-        """
-        size = self.unet.config.sample_size
-        if size is None:
-            raise ConfigError(
-                "unet/config.json has no sample_size: nothing says how large pictures are",
-                remedy="pipe.unet.register_to_config(sample_size=…)",
-            )
-        rows, columns = size if isinstance(size, (list, tuple)) else (size, size)
-        return rows, columns
-
     def make_noise(self, batch: int) -> Tensor:
         """Standard normal noise for so many pictures from the generator of the call, or the latents that were passed for it.
 
         Raises:
             InputError: Generators or latents of the call are for other pictures.
         """
-        return noise_for(self, (batch, self.unet.config.in_channels, *self.trained_size), self.unet.dtype)
+        return noise_for(self, (batch, self.unet.config.in_channels, *trained_size(self.unet)), self.unet.dtype)
 
     def walk(
         self, noise: Tensor, steps: int, conditioners: Sequence[Conditioner] = (), advance: Callable[..., Advance] = GuidedStep
@@ -81,6 +65,22 @@ class Unconditional(DiffusionPipeline):
     def finish(self, pictures: Tensor) -> Any:
         """The result of the call, of pictures (batch, channels, rows, columns) in [-1, 1]; what is beyond is cut off."""
         return result(self, pictures, self.image_processor)
+
+
+def trained_size(unet: Any) -> tuple[int, int]:
+    """(rows, columns) of what a UNet was trained on.
+
+    Raises:
+        ConfigError: It does not say.
+    """
+    size = unet.config.sample_size
+    if size is None:
+        raise ConfigError(
+            "unet/config.json has no sample_size: nothing says how large pictures are",
+            remedy="pipe.unet.register_to_config(sample_size=…)",
+        )
+    rows, columns = size if isinstance(size, (list, tuple)) else (size, size)
+    return rows, columns
 
 
 def noise_for(pipe: DiffusionPipeline, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
