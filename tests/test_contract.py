@@ -14,9 +14,9 @@ from suffuse.public_names import PUBLIC
 
 CONTRACT = json.loads((Path(__file__).parent / "contract.json").read_text())
 CLASSES = sorted(PUBLIC.keys() & CONTRACT.keys())
-LATER = ("ip_adapter", "add_adapter", "single_file", "attn_procs", "cpu_offload")
+LATER = ("add_adapter", "single_file", "attn_procs", "cpu_offload")
 """Parts of method names that belong to what is not here yet."""
-UNSPOKEN = {"get_config_dict", "check_inputs", "encode_image", "prepare_latents", "register_to_config"}
+UNSPOKEN = {"get_config_dict", "check_inputs", "prepare_latents", "register_to_config"}
 UNSPOKEN |= {"prepare_mask_latents", "convert_state_dict_legacy_attn_format"}
 UNSPOKEN |= {
     "crop",

@@ -111,6 +111,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "suffuse.pipelines.upscaling.by_two": ("StableDiffusionLatentUpscalePipeline",),
     "suffuse.pipelines.stable_unclip.image_to_image": ("StableUnCLIPImg2ImgPipeline",),
     "suffuse.pipelines.self_attention_guidance": ("StableDiffusionSAGPipeline",),
+    "suffuse.pipelines.semantic": ("SemanticStableDiffusionPipeline",),
 }
 
 PUBLIC: dict[str, str] = {name: module for module, names in MODULES.items() for name in names}

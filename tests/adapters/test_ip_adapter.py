@@ -337,7 +337,7 @@ REFUSED = {
     "an empty list": ({"ip_adapter_image": [[]]}, "holds no pictures"),
     "an array that is none": ({"ip_adapter_image": np.zeros(3)}, "holds no pictures"),
     "a tensor of another size": ({"ip_adapter_image": torch.rand(1, 3, 64, 64)}, r"wrong shape(.|\n)*\(pictures, 3, 32, 32\)"),
-    "both": ({**SHOWN, "ip_adapter_image_embeds": [torch.zeros(2, 1, FEATURES)]}, "both given"),
+    "both": ({**SHOWN, "ip_adapter_image_embeds": [torch.zeros(2, 1, FEATURES)]}, "cannot work together"),
     "embeddings of another width": (
         {"ip_adapter_image_embeds": [torch.zeros(2, 1, 7)]},
         rf"does not fit the IP-Adapter(.|\n)*{FEATURES}",

@@ -275,8 +275,6 @@ def check_image_prompts(pipe: Any, arguments: Mapping[str, Any]) -> None:
                 f"{given[0]} is given and no IP-Adapter is loaded", remedy="pipe.load_ip_adapter(…) first, or leave it out"
             )
         return
-    if {*PROMPTED[:2]} <= {*given}:
-        raise InputError("ip_adapter_image and ip_adapter_image_embeds are both given", remedy="pass one of the two")
     if not {*PROMPTED[:2]} & {*given}:
         if any(own != 0 for own in _scales(adapters, arguments)):
             takes = PROMPTED[0] in arguments or PROMPTED[1] in arguments

@@ -199,6 +199,17 @@ def guides(name: str, value: Any) -> None:
         raise InputError(f"{name} combines no predictions", found=_shown(value), expected=expected)
 
 
+def replayed(name: str, value: Any) -> None:
+    """None, or tensors of (batch, channels, rows, columns), as a list or as one of five dimensions."""
+    if isinstance(value, Tensor):
+        tensor(dimensions=5)(name, value)
+        return
+    optional(is_a(list, spelled="a list of tensors, one for each step"))(name, value)
+    for index, edit in enumerate(cast(list[Any], value or [])):
+        is_a(Tensor, spelled="a torch.Tensor")(f"{name}[{index}]", edit)
+        tensor(dimensions=4)(f"{name}[{index}]", edit)
+
+
 def each_or_none(check: Check) -> Check:
     """None, or a list of what `check` allows or None."""
 
@@ -360,8 +371,8 @@ ARGUMENTS: dict[str, Argument] = {
     ),
     "latents": Argument("(batch, channels, height / 8, width / 8): the noise to start from.", tensor(dimensions=4)),
     "ip_adapter_image": Argument(
-        "A picture to take after, for pipelines with an IP-Adapter loaded; for several adapters a list of one for each, for several "
-        "pictures of one adapter a list in the list."
+        "A picture to take after, for pipelines with an IP-Adapter loaded; for several adapters a list of one for each, for "
+        "several pictures of one adapter a list in the list."
     ),
     "ip_adapter_image_embeds": Argument(
         "What `prepare_ip_adapter_image_embeds` returned, instead of `ip_adapter_image`.",
@@ -426,6 +437,18 @@ ARGUMENTS: dict[str, Argument] = {
     "image_embeds": Argument("(batch, width): what the image encoder makes of pictures, instead of them.", tensor(dimensions=2)),
     # Attention that is watched.
     "sag_scale": Argument("How much to favour what the model looks at over a blur of it, about 0 to 1; 0: not at all.", number(0)),
+    # Editing by concepts.
+    "editing_prompt": Argument("A concept to go towards: a text, or a list of several.", texts),
+    "editing_prompt_embeddings": Argument("(concepts, tokens, width): encoded concepts.", tensor(dimensions=3)),
+    "reverse_editing_direction": Argument("Go away from the concept; or for each.", each(is_a(bool, spelled="True or False"))),
+    "edit_guidance_scale": Argument("How far to go towards the concept; or for each.", each(number())),
+    "edit_warmup_steps": Argument("Steps before the concept counts; or for each.", each(whole(0))),
+    "edit_cooldown_steps": Argument("Steps after which it no longer counts, if any; or for each.", optional(each(whole(0)))),
+    "edit_threshold": Argument("Which part of the picture it leaves alone, in [0, 1]; or for each.", each(number(0, 1))),
+    "edit_momentum_scale": Argument("How much of the edits of the steps before is added.", number()),
+    "edit_mom_beta": Argument("How much of them is kept from step to step, in [0, 1].", number(0, 1)),
+    "edit_weights": Argument("How much each concept weighs among the others; 1 each, if None.", optional(each(number()))),
+    "sem_guidance": Argument("`pipe.sem_guidance` of another call, to do the same edits.", replayed),
 }
 """Keyword → what it means and may be. Docstrings, checks and the documentation are filled from here."""
 

@@ -292,9 +292,9 @@ class StableDiffusionBase(LoraLoaderMixin, TextualInversionLoaderMixin, IPAdapte
             LimitError: They are larger than any picture that is decoded.
         """
         image = self._run.arguments[name]
-        factor = self.vae_scale_factor if factor is None else factor
+        cut = self.vae_scale_factor if factor is None else factor
         own = edges(next(iter(flattened(image)), image), name)
-        rows, columns = (asked or edge - edge % factor for asked, edge in zip((height, width), own, strict=True))
+        rows, columns = (asked or edge - edge % cut for asked, edge in zip((height, width), own, strict=True))
         check_pixels(rows, columns)
         return rows, columns
 

@@ -1,0 +1,120 @@
+"""Guidance towards or away from concepts, each where it matters most (Brack et al., 2023, "SEGA: instructing text-to-image models
+using semantic guidance").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from suffuse.diffusion.conditioning import Denoiser
+from suffuse.diffusion.loop import Step
+
+
+@dataclass(frozen=True)
+class Concept:
+    """What a picture is edited by: a branch of its own, "edit_0", "edit_1" and so on.
+
+    Attributes:
+        scale: How far towards it.
+        reverse: Away from it instead.
+        warmup: Steps before it counts.
+        cooldown: Steps after which it no longer counts, if any.
+        threshold: Which part of the positions it leaves alone, in [0, 1]: those where it says least.
+        weight: Of it among the others; below 0 as 0.
+    """
+
+    scale: float = 5.0
+    reverse: bool = False
+    warmup: int = 10
+    cooldown: int | None = None
+    threshold: float = 0.9
+    weight: float = 1.0
+
+    def direction(self, concept: Tensor, uncond: Tensor) -> Tensor:
+        """Where it leads, with zeros where it says little (equations 5 and 6)."""
+        direction = (concept - uncond) * (-self.scale if self.reverse else self.scale)
+        strength = direction.abs()
+        least = torch.quantile(strength.flatten(2).float(), self.threshold, dim=2).to(strength.dtype)
+        return torch.where(strength >= least[:, :, None, None], direction, 0)
+
+    def counts(self, index: int) -> bool:
+        """Whether it has not ended at a step."""
+        return self.cooldown is None or index < self.cooldown
+
+
+@dataclass
+class SemanticGuidance:
+    """Classifier-free guidance, and concepts on top of it.
+
+    Attributes:
+        scale: The guidance scale; at 1 or below only the conditional branch is computed, and no concept.
+        concepts: What is edited.
+        momentum_scale: How much of the edits of the steps before is added.
+        beta: How much of them is kept from step to step.
+        replayed: Edits of another run, (batch or 1, channels, rows, columns) for each step, to add.
+        rescale: Not used.
+        momentum: What is remembered of the edits so far.
+        applied: The edit of each step so far, to be replayed in another run.
+    """
+
+    remembers: ClassVar[tuple[str, ...]] = ("momentum", "applied")
+
+    scale: float
+    concepts: Sequence[Concept] = ()
+    momentum_scale: float = 0.1
+    beta: float = 0.4
+    replayed: Sequence[Tensor] | Tensor = ()
+    momentum: Tensor | None = field(default=None, repr=False)
+    applied: list[Tensor] = field(default_factory=list[Tensor], repr=False)
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Names of the branches, in batch order."""
+        edits = (f"edit_{number}" for number in range(len(self.concepts)))
+        return ("uncond", "cond", *edits) if self.scale > 1 else ("cond",)
+
+    def __call__(self, denoiser: Denoiser, step: Step) -> Tensor:
+        """One prediction, of the shape of the latents."""
+        predictions = denoiser(step, self.branches)
+        cond, uncond = predictions["cond"], predictions.get("uncond")
+        if uncond is None:
+            return cond
+        guided = (cond - uncond).mul_(self.scale)
+        edit = self.edit([predictions[name] for name in self.branches[2:]], uncond, step.index)
+        self.applied.append(edit)
+        if self.concepts:
+            guided = guided + edit
+        if len(self.replayed):
+            guided = guided + self.replayed[step.index].to(guided)
+        return uncond + guided
+
+    def edit(self, predictions: Sequence[Tensor], uncond: Tensor, index: int) -> Tensor:
+        """What the concepts that are warm add at a step (equation 8), and remember it (equation 9)."""
+        if not self.concepts:
+            return torch.zeros_like(uncond)
+        weights = torch.tensor([max(c.weight, 0.0) if c.counts(index) else 0.0 for c in self.concepts]).to(uncond)
+        directions = torch.stack(
+            [
+                concept.direction(prediction, uncond) if concept.counts(index) else torch.zeros_like(uncond)
+                for concept, prediction in zip(self.concepts, predictions, strict=True)
+            ]
+        )
+        momentum = torch.zeros_like(uncond) if self.momentum is None else self.momentum.to(uncond)
+        together = _weighted(weights, directions) + self.momentum_scale * momentum
+        self.momentum = self.beta * momentum + (1 - self.beta) * together
+        warm = [number for number, concept in enumerate(self.concepts) if index >= concept.warmup]
+        if len(warm) == len(self.concepts):
+            return together
+        # While some wait, the others share the whole weight.
+        share = weights[warm] / weights[warm].sum()
+        return _weighted(share.nan_to_num(), directions[warm])
+
+
+def _weighted(weights: Tensor, directions: Tensor) -> Tensor:
+    rows = weights[:, None].expand(-1, directions.shape[1])
+    return torch.einsum("cb,cbijk->bijk", rows, directions)
