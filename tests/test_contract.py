@@ -27,6 +27,7 @@ UNSPOKEN |= {
     "enable_fuser",
 }
 UNSPOKEN |= {"get_cross_attention_kwargs_with_grounded", "get_cross_attention_kwargs_without_grounded"}
+UNSPOKEN |= {"pred_epsilon", "pred_x0", "sag_masking", "perform_safety_guidance"}
 """Steps inside the peer's methods that nobody calls by name; here they are parts of other shape."""
 
 

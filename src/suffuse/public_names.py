@@ -15,6 +15,11 @@ MODULES: dict[str, tuple[str, ...]] = {
     "suffuse.checkpoints.bundle": ("bundled",),
     "suffuse.noise": ("CounterNoise",),
     "suffuse.diffusion.weighted_prompts": ("Weighted",),
+    "suffuse.diffusion.guidance": ("ClassifierFreeGuidance",),
+    "suffuse.diffusion.guidance_interval": ("GuidanceInterval",),
+    "suffuse.diffusion.projected_guidance": ("AdaptiveProjectedGuidance", "TangentialGuidance"),
+    "suffuse.diffusion.zero_star_guidance": ("ZeroStarGuidance",),
+    "suffuse.diffusion.worse_guidance": ("AutoGuidance", "Skipped", "Unattended", "WorseGuidance"),
     "suffuse.pipelines.saved_run": ("SavedRun",),
     "suffuse.models.model": ("ModelMixin",),
     "suffuse.models.unet_2d_condition": ("UNet2DConditionModel",),
@@ -112,6 +117,8 @@ MODULES: dict[str, tuple[str, ...]] = {
     "suffuse.pipelines.stable_unclip.image_to_image": ("StableUnCLIPImg2ImgPipeline",),
     "suffuse.pipelines.self_attention_guidance": ("StableDiffusionSAGPipeline",),
     "suffuse.pipelines.semantic": ("SemanticStableDiffusionPipeline",),
+    "suffuse.pipelines.panorama": ("StableDiffusionPanoramaPipeline",),
+    "suffuse.pipelines.safe.stable_diffusion": ("StableDiffusionPipelineSafe",),
 }
 
 PUBLIC: dict[str, str] = {name: module for module, names in MODULES.items() for name in names}

@@ -10,7 +10,9 @@ import safetensors.torch
 import torch
 from factors import adapter
 from image_weights import FACE, image_encoder, ip_adapter, nested
-from tasks import align, call, difference, pair, picture, set_scheduler
+from tasks import CONTROLLED, align, call, difference, pair, picture, set_scheduler
+
+import suffuse
 
 TASKS = [
     "text", "image", "inpaint", "inpaint9", "xl text", "xl image", "xl inpaint",
@@ -202,3 +204,14 @@ def test_embeddings_instead_of_pictures(pipes, kind, guidance_scale):
     assert own.difference(ip_adapter_image_embeds=said, guidance_scale=guidance_scale) == 0
     with_pictures = call(own.pair[1], "text", ip_adapter_image=PICTURE, guidance_scale=guidance_scale)
     assert difference(call(own.pair[1], "text", ip_adapter_image_embeds=said, guidance_scale=guidance_scale), with_pictures) == 0
+
+
+@pytest.mark.parametrize("task", ["control inpaint", "controls xl inpaint"])
+def test_text_to_image_with_all_values_is_the_class_with_all_of_them(pipes, task):
+    peer, ours = pipes(task, ip_adapter(unet(task), "plus")).pair
+    shown = {"ip_adapter_image": picture(seed=5), "strength": 0.7, "controlnet_conditioning_scale": 0.6, "guidance_scale": 6.0}
+    theirs = call(peer, task, **shown)
+    plain = getattr(suffuse, "StableDiffusionXLPipeline" if "xl" in task else "StableDiffusionPipeline").from_pipe(ours)
+    seeded = {"generator": torch.Generator().manual_seed(7), "num_inference_steps": 4, "output_type": "pt"}
+    mine = plain("a cat", controlnet=ours.controlnet, **CONTROLLED[task].call, **shown, **seeded).images
+    assert difference(theirs, mine) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,12 @@ from suffuse.cli.picture import read_settings
 
 sys.path.append(str(Path(__file__).parent.parent / "adapters"))
 from factors import adapter
+from image_weights import image_encoder, ip_adapter
+
+
+def peers_unet():
+    """Whose layers of attention are numbered as files number them."""
+    return diffusers.UNet2DConditionModel.from_pretrained(random_checkpoint(), subfolder="unet")
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +41,9 @@ def folder(tmp_path_factory):
         if not parameter.any():
             torch.nn.init.normal_(parameter.data, std=0.1)
     net.save_pretrained(path / "net")
+    (path / "pictures").mkdir()
+    save_file(ip_adapter(peers_unet()), path / "pictures" / "ip.safetensors")
+    image_encoder().save_pretrained(path / "pictures" / "image_encoder")
     widths = list(pipe.unet.config.block_out_channels)
     # The first block of its UNet has no attention, and takes features at half the size.
     half = {"adapter_type": "full_adapter_xl", "downscale_factor": 2 * pipe.vae_scale_factor}
@@ -64,6 +74,10 @@ OPTIONS = {
     "two controls": (
         ["--controlnet", "{}/net", "--control", "{}/noise.png", "--controlnet", "{}/net", "--control", "{}/red.png"],
         {"controlnet": ["net", "net"], "control": ["noise.png", "red.png"]},
+    ),
+    "a picture to take after": (
+        ["--ip-adapter", "{}/pictures/ip.safetensors", "--ip-image", "{}/noise.png", "--ip-scale", 0.7],
+        {"ip_adapter": ["ip.safetensors"], "ip_image": ["noise.png"], "ip_scale": [0.7]},
     ),
     "an adapter": (
         ["--t2i-adapter", "{}/t2i", "--adapter-image", "{}/noise.png"],
@@ -115,6 +129,9 @@ WRONG = {
     ),
     "no such picture": (["--t2i-adapter", "t2i", "--adapter-image", "x.png"], "--adapter-image: no file x.png"),
     "an IP-Adapter without a picture": (["--ip-adapter", "x.safetensors"], "--ip-adapter is given without --ip-image"),
+    "a box without words": (["--box", "=0,0,1,1"], "is not understood"),
+    "a box of three numbers": (["--box", "a dog=0,0,1"], "as in \"a dog=0,0.5,0.4,1\""),
+    "a box for a model that is not told": (["--box", "a dog=0,0,1,1"], "no gated attention"),
     "no such LoRA": (["--lora", "nothing.safetensors:0.3"], "nothing.safetensors"),
 }
 
@@ -126,3 +143,25 @@ def test_what_is_wrong_is_told(folder, name):
     assert code == 2 or code == 1
     assert out == ""
     assert message in " ".join(err.split())
+
+
+def test_a_model_of_another_family_is_what_it_was_saved_as(folder, tmp_path):
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=16,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+    )
+    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    words = ["generate", "-m", str(tmp_path / "ddpm"), "--steps", "2", "--seed", "3", "-o", str(tmp_path / "out.png")]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    with Image.open(tmp_path / "out.png") as made:
+        assert made.size == (16, 16)
+    assert read_settings(tmp_path / "out.png")["pipeline"] == "DDPMPipeline"
+    result = CliRunner().invoke(app, [*words, "--guidance", "3"])
+    assert result.exit_code == 1
+    assert "DDPMPipeline takes no guidance_scale" in result.stderr

@@ -19,8 +19,8 @@ from torch import Tensor
 from suffuse.checkpoints.adapter_files import Choice
 from suffuse.checkpoints.fetching import Wanted, fetch_components
 from suffuse.checkpoints.layout import TRANSFORMERS
-from suffuse.diffusion.conditioning import Conditioner
-from suffuse.diffusion.image_prompts import SILENT, ShowPictures
+from suffuse.diffusion.conditioning import UNTOLD, Conditioner
+from suffuse.diffusion.image_prompts import ShowPictures
 from suffuse.errors import AdapterError, InputError
 from suffuse.hub.options import HubOptions
 from suffuse.hub.sources import opened_subfolder
@@ -300,7 +300,7 @@ def image_prompts(pipe: Any) -> list[Conditioner]:
     if adapters is None or (image is None and embeds is None):
         return []
     scales, masks = _scales(adapters, run.arguments), (run.cross_attention_kwargs or {}).get(MASKS)
-    guided = image is not None or any(branch in SILENT for branch in run.guidance.branches)
+    guided = image is not None or any(branch in UNTOLD for branch in run.guidance.branches)
     device, dtype = pipe._execution_device, pipe.unet.dtype
     said = [own.to(dtype) for own in pipe.prepare_ip_adapter_image_embeds(image, embeds, device, 1, guided)]
     return [ShowPictures(adapters, said, scales, _masks_for(masks, said, scales, device))]

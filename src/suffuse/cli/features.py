@@ -40,6 +40,14 @@ PromptImages = Annotated[
 ImageScales = Annotated[
     list[float] | None, typer.Option("--ip-scale", help="How much to take after it, 1 if left out; once for each.")
 ]
+Boxes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--box",
+        metavar="WORDS=LEFT,TOP,RIGHT,BOTTOM",
+        help="What stands where, from 0 to 1, for a model that was trained to be told (GLIGEN); once for each.",
+    ),
+]
 
 NEEDED = {
     "controlnet": "control",
@@ -64,8 +72,7 @@ def check_options(given: Mapping[str, Any]) -> None:
         if isinstance(given[name], list) and len(given[name]) != len(given[needed]):
             found = f"{len(given[name])} and {len(given[needed])}"
             raise InputError(f"{_spelled(name)} and {_spelled(needed)} are not one for each", found=found)
-    for text in given["lora"] or ():
-        weighed(text)
+    boxes(given["box"])
 
 
 def _spelled(name: str) -> str:
@@ -79,6 +86,27 @@ def weighed(text: str) -> tuple[str, float]:
         return (file, float(weight)) if colon else (text, 1.0)
     except ValueError:  # a colon of the name
         return text, 1.0
+
+
+def boxes(texts: Sequence[str] | None) -> dict[str, Any]:
+    """Keywords of a pipeline for WORDS=LEFT,TOP,RIGHT,BOTTOM of each thing.
+
+    Raises:
+        InputError: One is written otherwise.
+    """
+    phrases, corners = list[str](), list[list[float]]()
+    for text in texts or ():
+        words, _, numbers = text.rpartition("=")
+        try:
+            corners.append([float(number) for number in numbers.split(",")])
+        except ValueError:
+            corners.append([])
+        phrases.append(words)
+        if not words or len(corners[-1]) != 4:
+            raise InputError(
+                f"--box {text!r} is not understood", expected='WORDS=LEFT,TOP,RIGHT,BOTTOM, as in "a dog=0,0.5,0.4,1"'
+            )
+    return {"gligen_phrases": phrases, "gligen_boxes": corners} if phrases else {}
 
 
 def pictures_of(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,7 +135,7 @@ def added(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
         pipe.set_adapters([*weights], [*weights.values()])
     for file in given["embedding"] or ():
         pipe.load_textual_inversion(file)
-    keywords = dict[str, Any]()
+    keywords = boxes(given["box"])
     if given["ip_adapter"]:
         pipe.load_ip_adapter(_one_or_all(given["ip_adapter"]))
         keywords["ip_adapter_scale"] = _one_or_all(given["ip_scale"] or [1.0] * len(given["ip_adapter"]))
@@ -123,7 +151,7 @@ def added(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 def told(given: Mapping[str, Any]) -> dict[str, Any]:
     """What the PNG says of the options."""
     names = [*NEEDED, "lora", "embedding"]
-    return {name: _name(given[name]) for name in names if given[name]}
+    return {name: _name(given[name]) for name in names if given[name]} | ({"box": given["box"]} if given["box"] else {})
 
 
 def _name(value: Any) -> Any:

@@ -96,6 +96,7 @@ def generate(
     ip_adapter: features.ImageAdapters = None,
     ip_image: features.PromptImages = None,
     ip_scale: features.ImageScales = None,
+    box: features.Boxes = None,
     size: Annotated[
         str | None,
         typer.Option(
@@ -145,9 +146,9 @@ def generate(
         _go_on(resume, prompt, _changes(context), model, output, dtype, device, save_run, context.params)
         return
     features.check_options(context.params)
-    if prompt is None:
+    if prompt is None and model is None:
         raise InputError("there is no prompt", remedy='suffuse generate "a red apple"')
-    defaults = SETTINGS[DEFAULT] if model is None else {"num_inference_steps": 50, "guidance_scale": 7.5}
+    defaults = SETTINGS[DEFAULT] if model is None else {}
     if model is None:
         model = bundled(DEFAULT)
         typer.echo(f"drawn by {DEFAULT}, the small model that comes with suffuse; --model names another", err=True)
@@ -156,17 +157,17 @@ def generate(
             raise InputError(f"{option} is given without --image", remedy=f"pass {needed}: --image photo.png")
     scheduler_class = _choice("--scheduler", scheduler, SCHEDULERS) if scheduler is not None else None
     dtype = _choice("--dtype", dtype, DTYPES)
-    told = {"num_inference_steps": steps, "guidance_scale": guidance}
-    call: dict[str, Any] = {**defaults, **{k: v for k, v in told.items() if v is not None}, "negative_prompt": negative}
+    told = {"num_inference_steps": steps, "guidance_scale": guidance, "strength": strength, "negative_prompt": negative}
+    call: dict[str, Any] = defaults | {name: value for name, value in told.items() if value is not None}
     pictures = {
         name: opened(option, path)
         for name, option, path in (("image", "--image", image), ("mask_image", "--mask", mask))
         if path is not None
     }
     call |= _size(size, pictures)
-    shown = features.pictures_of(context.params)
-    seed = secrets.randbelow(2**32) if seed is None else seed
-    check_writable(destination(output, prompt, seed, 0, count))
+    pictures |= features.pictures_of(context.params)
+    seed, title = secrets.randbelow(2**32) if seed is None else seed, prompt or "picture"
+    check_writable(destination(output, title, seed, 0, count))
 
     import torch
 
@@ -182,16 +183,32 @@ def generate(
         pipe.scheduler = getattr(suffuse, scheduler_class).from_config(pipe.scheduler.config)
     quiet(pipe)
     given = features.added(pipe, context.params)
-    if image is not None:
-        call["strength"] = inspect.signature(type(pipe).__call__).parameters["strength"].default if strength is None else strength
+    call = _completed(type(pipe), ({} if prompt is None else {"prompt": prompt}) | call, {**pictures, **given}, image is not None)
     files = {name: path.name for name, path in (("image", image), ("mask_image", mask)) if path is not None}
-    settings = {"prompt": prompt, **call, **files, **features.told(context.params), **made_with(pipe, model)}
+    settings = {**call, **files, **features.told(context.params), **made_with(pipe, model)}
     # One by one: a picture does not depend on how many are made beside it, and those that are done are kept if the rest fails.
     for index in range(count):
         generator = torch.Generator().manual_seed(seed + index)
         with _kept(save_run):
-            picture = pipe(prompt, generator=generator, save_run=save_run, **call, **pictures, **shown, **given).images[0]
-        _write(picture, destination(output, prompt, seed + index, index, count), settings | {"seed": seed + index})
+            made = pipe(generator=generator, save_run=save_run, **call, **pictures, **given)
+        picture = next(iter(made.values()))[0]
+        _write(picture, destination(output, title, seed + index, index, count), settings | {"seed": seed + index})
+
+
+def _completed(pipeline: type[Any], call: dict[str, Any], further: Mapping[str, Any], redraws: bool) -> dict[str, Any]:
+    """The keywords of a call, with the defaults of the pipeline that the PNG is to tell.
+
+    Raises:
+        InputError: It takes none of a name, or needs a prompt.
+    """
+    parameters = inspect.signature(pipeline.__call__).parameters
+    for name in {**call, **further}:
+        if name not in parameters:
+            raise InputError(f"{pipeline.__name__} takes no {name}", remedy="leave the option out, or name another --model")
+    if "prompt" in parameters and "prompt" not in call:
+        raise InputError("there is no prompt", remedy='suffuse generate "a red apple"')
+    shown = ("prompt", "num_inference_steps", "guidance_scale", "negative_prompt", *(("strength",) if redraws else ()))
+    return {name: parameters[name].default for name in shown if name in parameters} | call
 
 
 def _go_on(

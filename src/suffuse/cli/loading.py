@@ -13,13 +13,16 @@ from suffuse.version import __version__
 
 
 def pipeline_for(model: str, task: str, dtype: str) -> Any:
-    """The pipeline of the checkpoint, as the class of the task; a depth-to-image model has a class of its own."""
+    """The pipeline of the checkpoint, as the class of the task; one of a family without tasks as what it was saved as."""
     import suffuse
+    from suffuse.pipelines.auto import has_tasks
 
     pipe = loaded(model, dtype)
     if type(pipe).__name__ == "StableDiffusionDepth2ImgPipeline":
         if task != "AutoPipelineForImage2Image":
             raise InputError(f"{model} is a depth-to-image model", expected="--image, and no --mask")
+        return pipe
+    if not has_tasks(type(pipe).__name__):
         return pipe
     if pipe.unet.config.in_channels == 9 and task != "AutoPipelineForInpainting":
         raise InputError(f"{model} is an inpainting model", expected="--image and --mask")

@@ -13,6 +13,10 @@ from suffuse.diffusion.loop import Step
 from suffuse.schedulers.scheduler import SchedulerMixin
 
 
+UNTOLD = ("uncond", "image")
+"""Branches of guidance that are told no text, and so shown nothing and told of no objects either."""
+
+
 def per_branch(value: Tensor, branches: Sequence[str]) -> Tensor:
     """What all branches share, joined along the batch once per branch."""
     return torch.cat([value] * len(branches)) if len(branches) > 1 else value

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from suffuse.diffusion.conditioning import ModelCall
+from suffuse.diffusion.conditioning import UNTOLD, ModelCall
 from suffuse.diffusion.loop import SilentHook, Step
 from suffuse.noise import Generators, randn_tensor
 from suffuse.schedulers.scheduler import SchedulerMixin
@@ -17,8 +17,6 @@ OBJECTS = 30
 """How many objects the model was trained to see; what there are fewer of is filled with learned features of none."""
 PRESENCE = ("masks", "phrases_masks", "image_masks")
 """Which of what is told says whether there is an object, a phrase, a picture."""
-UNGROUNDED = ("uncond", "image")
-"""Branches that are told no text, and so no objects either."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Grounding:
 
     @staticmethod
     def _rows(name: str, value: Tensor, branch: str) -> Tensor:
-        return torch.zeros_like(value) if branch in UNGROUNDED and name in PRESENCE else value
+        return torch.zeros_like(value) if branch in UNTOLD and name in PRESENCE else value
 
 
 @dataclass

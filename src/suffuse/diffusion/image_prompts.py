@@ -8,13 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from suffuse.diffusion.conditioning import ModelCall
+from suffuse.diffusion.conditioning import UNTOLD, ModelCall
 from suffuse.diffusion.loop import Step
 from suffuse.layers.image_attention import ImagePrompts
 from suffuse.models.image_adapter import ImageAdapters, Scale
-
-SILENT = ("uncond", "image")
-"""Branches of guidance that are shown nothing, as they are told nothing."""
 
 
 @dataclass
@@ -49,4 +46,4 @@ class ShowPictures:
 def rows(embeds: Tensor, batch: int, branches: Sequence[str]) -> Tensor:
     """What is said to each row of a batch: (branches · batch, pictures, …)."""
     nothing, pictures = embeds[:1], embeds[-1:]
-    return torch.cat([nothing if branch in SILENT else pictures for branch in branches for _ in range(batch)])
+    return torch.cat([nothing if branch in UNTOLD else pictures for branch in branches for _ in range(batch)])

@@ -1,5 +1,6 @@
-"""Guidance away from what a model says where it looked and sees a blur (Hong et al., 2023, "Improving sample quality of diffusion
-models using self-attention guidance")."""
+"""Guidance away from what a model says when it sees a blur where it looked (Hong et al., 2023, "Improving sample quality of
+diffusion models using self-attention guidance").
+"""
 
 from __future__ import annotations
 

@@ -57,7 +57,6 @@ class SemanticGuidance:
         momentum_scale: How much of the edits of the steps before is added.
         beta: How much of them is kept from step to step.
         replayed: Edits of another run, (batch or 1, channels, rows, columns) for each step, to add.
-        rescale: Not used.
         momentum: What is remembered of the edits so far.
         applied: The edit of each step so far, to be replayed in another run.
     """

@@ -436,7 +436,7 @@ ARGUMENTS: dict[str, Argument] = {
     ),
     "image_embeds": Argument("(batch, width): what the image encoder makes of pictures, instead of them.", tensor(dimensions=2)),
     # Attention that is watched.
-    "sag_scale": Argument("How much to favour what the model looks at over a blur of it, about 0 to 1; 0: not at all.", number(0)),
+    "sag_scale": Argument("How much to favour what the model looks at over a blur of it; 0: not at all.", number(0)),
     # Editing by concepts.
     "editing_prompt": Argument("A concept to go towards: a text, or a list of several.", texts),
     "editing_prompt_embeddings": Argument("(concepts, tokens, width): encoded concepts.", tensor(dimensions=3)),
@@ -449,6 +449,13 @@ ARGUMENTS: dict[str, Argument] = {
     "edit_mom_beta": Argument("How much of them is kept from step to step, in [0, 1].", number(0, 1)),
     "edit_weights": Argument("How much each concept weighs among the others; 1 each, if None.", optional(each(number()))),
     "sem_guidance": Argument("`pipe.sem_guidance` of another call, to do the same edits.", replayed),
+    # Away from what should not be shown.
+    "sld_guidance_scale": Argument("How soon nearness to the concept counts in full; 1 or less: not at all.", number(0)),
+    "sld_warmup_steps": Argument("Steps before it counts.", whole(0)),
+    "sld_threshold": Argument("How far from the concept predictions must be to be left alone, in [0, 1].", number(0, 1)),
+    "sld_momentum_scale": Argument("How much of the steps before is added, in [0, 1].", number(0, 1)),
+    "sld_mom_beta": Argument("How much of them is kept from step to step, in [0, 1].", number(0, 1)),
+    "safety_concept": Argument("What pictures are guided away from; `pipe.safety_concept`, if None.", optional(phrase)),
 }
 """Keyword → what it means and may be. Docstrings, checks and the documentation are filled from here."""
 

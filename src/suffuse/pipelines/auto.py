@@ -138,6 +138,11 @@ class AutoPipelineForInpainting(AutoPipeline):
 TASKS = tuple(kind.task for kind in AutoPipeline.__subclasses__())
 
 
+def has_tasks(name: str) -> bool:
+    """Whether a class belongs to a family of which a task can be asked."""
+    return any(name in (getattr(family, task) for task in TASKS) for family in FAMILIES)
+
+
 def _family(name: str, what: str) -> Family:
     """The family that a class belongs to."""
     for family in FAMILIES:

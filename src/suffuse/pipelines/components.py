@@ -59,12 +59,14 @@ PIPELINE_MODULES: dict[tuple[str, str], str] = {
     ("blip_diffusion", "ContextCLIPTextModel"): "suffuse.pipelines.blip_diffusion.text_encoder",
     ("blip_diffusion", "Blip2QFormerModel"): "suffuse.pipelines.blip_diffusion.qformer",
     ("blip_diffusion", "BlipImageProcessor"): "suffuse.pipelines.blip_diffusion.image_processor",
+    ("stable_diffusion_safe", "SafeStableDiffusionSafetyChecker"): "suffuse.pipelines.safe.safety_checker",
 }
 """[library, class] of models that belong to one pipeline family → module."""
 
 FORMER: dict[tuple[str, str], tuple[str, str]] = {
     ("controlnet", "MultiControlNetModel"): ("diffusers", "MultiControlNetModel"),
     ("diffusers", "PaintByExampleImageEncoder"): ("paint_by_example", "PaintByExampleImageEncoder"),
+    ("diffusers", "SafeStableDiffusionSafetyChecker"): ("stable_diffusion_safe", "SafeStableDiffusionSafetyChecker"),
     ("deprecated", "KarrasVeScheduler"): ("diffusers", "KarrasVeScheduler"),
     ("deprecated", "ScoreSdeVpScheduler"): ("diffusers", "ScoreSdeVpScheduler"),
 }

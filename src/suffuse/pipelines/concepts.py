@@ -27,7 +27,11 @@ def read_concepts(pipe: Any, texts: list[str], conditioning: Conditioning) -> Te
     length = conditioning.tensors["prompt_embeds"].shape[1]
     with scaled(pipe.lora_scale):
         return encode_text(
-            pipe.maybe_convert_prompt(texts, pipe.tokenizer), pipe.tokenizer, pipe.text_encoder, pipe._execution_device, length=length
+            pipe.maybe_convert_prompt(texts, pipe.tokenizer),
+            pipe.tokenizer,
+            pipe.text_encoder,
+            pipe._execution_device,
+            length=length,
         )
 
 

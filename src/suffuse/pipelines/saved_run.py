@@ -56,7 +56,7 @@ class SavedRun:
         model: Where its weights were loaded from, if that is known.
         scheduler: Class of the scheduler.
         scheduler_config: Its configuration.
-        guidance: Its numbers, which a callback may have changed: scale and rescale.
+        guidance: Its numbers, which a callback may have changed: scale and rescale; and what it remembers of the steps.
         arguments: What the pipeline was called with; generators are in the state they then had.
         step: How many entries of the timesteps are behind.
         total: How many there are.
@@ -230,13 +230,13 @@ class RunWriter:
 
     def write(self, scheduler: SchedulerMixin, guidance: Any, latents: Tensor, step: int, total: int) -> None:
         """Write the run after `step` of `total` steps."""
-        numbers = {name: getattr(guidance, name, None) for name in ("scale", "rescale")}
+        told = {name: getattr(guidance, name, None) for name in ("scale", "rescale", *getattr(guidance, "remembers", ()))}
         SavedRun(
             pipeline=self.pipeline,
             model=self.model,
             scheduler=type(scheduler).__name__,
             scheduler_config=dict(scheduler.config),
-            guidance={name: value for name, value in numbers.items() if isinstance(value, (int, float))},
+            guidance={name: value for name, value in told.items() if isinstance(value, (int, float, Tensor, list))},
             arguments=self.arguments,
             step=step,
             total=total,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -136,7 +136,7 @@ class SemanticStableDiffusionPipeline(Drawing):
         concepts, replayed = concepts_of(self._run.arguments), () if sem_guidance is None else sem_guidance
         self._run.guidance = SemanticGuidance(guidance_scale, concepts, edit_momentum_scale, edit_mom_beta, replayed)
         rows, columns = self.default_size(height, width)
-        self.check_replayed(self.latent_shape(self.pictures_of(self._run.arguments), rows, columns))
+        self.check_replayed(replayed, self.latent_shape(self.pictures_of(self._run.arguments), rows, columns))
         return self.draw(rows, columns)
 
     @property
@@ -155,9 +155,10 @@ class SemanticStableDiffusionPipeline(Drawing):
                 remedy="pass a guidance_scale above 1, 7.5 for example",
             )
 
-    def check_replayed(self, shape: tuple[int, ...]) -> None:
+    @staticmethod
+    def check_replayed(replayed: Sequence[Tensor] | Tensor, shape: tuple[int, ...]) -> None:
         """Raise `InputError` unless the edits to be replayed are for latents of this shape."""
-        for index, edit in enumerate(self._run.arguments["sem_guidance"] or ()):
+        for index, edit in enumerate(replayed):
             if tuple(edit.shape) not in (shape, (1, *shape[1:])):
                 raise InputError(f"sem_guidance[{index}] has the wrong shape", found=tuple(edit.shape), expected=shape)
 

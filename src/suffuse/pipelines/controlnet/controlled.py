@@ -30,6 +30,7 @@ class Controlled(StableDiffusionBase):
     """The verbs of ControlNets, and the components of those for Stable Diffusion."""
 
     controlnet: Any
+
     def __init__(
         self,
         vae: AutoencoderKL,

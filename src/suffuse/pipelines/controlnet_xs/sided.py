@@ -24,10 +24,6 @@ class Sided(StableDiffusionBase):
 
     controlnet: Any
 
-    def set_up(self, **components: Any) -> None:
-        """Take those components that the pipeline has."""
-        super().set_up(**{name: value for name, value in components.items() if name in self.component_names()})
-
     def further(self, frame: Frame) -> list[Conditioner]:
         """What the control side sees, and the values of the call."""
         return [self.control_side("image", frame), *super().further(frame)]

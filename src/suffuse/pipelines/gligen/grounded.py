@@ -20,10 +20,6 @@ class Grounded(StableDiffusionBase):
         """A plain UNet sees latents; one trained for inpainting latents of the picture around the boxes, and where it is, too."""
         return latents, 2 * latents + 1
 
-    def set_up(self, **components: Any) -> None:
-        """Take the components, of which there are none for IP-Adapters."""
-        super().set_up(**{name: value for name, value in components.items() if name in self.component_names()})
-
     def needed_components(self, arguments: dict[str, Any]) -> list[str]:
         """Those of Stable Diffusion, and what reads phrases."""
         around = ["vae"] if arguments["gligen_inpaint_image"] is not None else []

@@ -60,7 +60,7 @@ class Shown(StableDiffusionBase):
         Raises:
             ConfigError: What the image encoder makes is not as wide as what the UNet takes.
         """
-        super().set_up(**{name: value for name, value in components.items() if name in self.component_names()})
+        super().set_up(**components)
         made, taken = getattr(self.image_encoder, "config", None), getattr(self.unet, "config", None)
         if made is not None and taken is not None and made.projection_dim != taken.cross_attention_dim:
             raise ConfigError(

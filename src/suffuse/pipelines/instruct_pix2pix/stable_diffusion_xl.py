@@ -69,10 +69,6 @@ class StableDiffusionXLInstructPix2PixPipeline(StableDiffusionXLBase, Editing): 
         super().__init__(vae, *text, unet, scheduler, *settings)
         self.register_to_config(is_cosxl_edit=is_cosxl_edit)
 
-    def set_up(self, **components: Any) -> None:
-        """Take the components, of which there are none for IP-Adapters."""
-        super().set_up(**{name: value for name, value in components.items() if name in self.component_names()})
-
     def prepare_image_latents(
         self,
         image: Tensor,

@@ -111,7 +111,8 @@ class StableDiffusionBase(LoraLoaderMixin, TextualInversionLoaderMixin, IPAdapte
         self.register_to_config(requires_safety_checker=requires_safety_checker)
 
     def set_up(self, **components: Any) -> None:
-        """Take the components: the scheduler as Stable Diffusion needs it, and the picture processor of the autoencoder."""
+        """Take those components that the class has: the scheduler as it needs it, the picture processor of the autoencoder."""
+        components = {name: value for name, value in components.items() if name in self.component_names()}
         self.register_modules(**components)
         check_sizes(components)
         check_channels(components, type(self))
@@ -373,10 +374,13 @@ class StableDiffusionBase(LoraLoaderMixin, TextualInversionLoaderMixin, IPAdapte
         arguments = self._run.arguments
         if arguments["output_type"] == "latent":
             return latents, None
-        image = decode_latents(self.vae, latents, arguments["generator"], self.upcasts("decode"), **conditions)
-        image, flagged = self.inspected(image, dtype)
+        image, flagged = self.inspected(self.decoded(latents, **conditions), dtype)
         shown = [not hidden for hidden in flagged] if flagged is not None else None
         return self.image_processor.postprocess(image, arguments["output_type"], shown), flagged
+
+    def decoded(self, latents: Tensor, **conditions: Tensor) -> Tensor:
+        """Pictures of scaled latents, about [-1, 1]."""
+        return decode_latents(self.vae, latents, self._run.arguments["generator"], self.upcasts("decode"), **conditions)
 
     def inspected(self, image: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[bool] | None]:
         """Decoded pictures as they may be shown, and which were blanked, if there is a checker."""
@@ -460,7 +464,7 @@ def check_sizes(components: dict[str, Any]) -> None:
             unet.cross_attention_dim,
             " and ".join(f"{name}/config.json" for name in encoders),
             "hidden_size",
-            sum(encoder.hidden_size for encoder in encoders.values()),
+            sum(getattr(encoder, "project_dim", encoder.hidden_size) for encoder in encoders.values()),
         )
     if unet is not None and vae is not None:
         _same("unet/config.json", "out_channels", unet.out_channels, "vae/config.json", "latent_channels", vae.latent_channels)
