@@ -115,6 +115,8 @@ MODULES: dict[str, tuple[str, ...]] = {
     "suffuse.pipelines.upscaling.by_four": ("StableDiffusionUpscalePipeline",),
     "suffuse.pipelines.upscaling.by_two": ("StableDiffusionLatentUpscalePipeline",),
     "suffuse.pipelines.stable_unclip.image_to_image": ("StableUnCLIPImg2ImgPipeline",),
+    "suffuse.pipelines.alt_diffusion.text_to_image": ("AltDiffusionPipeline",),
+    "suffuse.pipelines.alt_diffusion.image_to_image": ("AltDiffusionImg2ImgPipeline",),
     "suffuse.pipelines.self_attention_guidance": ("StableDiffusionSAGPipeline",),
     "suffuse.pipelines.semantic": ("SemanticStableDiffusionPipeline",),
     "suffuse.pipelines.panorama": ("StableDiffusionPanoramaPipeline",),

@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from tasks import call, difference, pair, set_scheduler
 
+import suffuse
 from suffuse.diffusion.weighted_prompts import Weighted
 from suffuse.errors import (
     AdapterError,
@@ -285,3 +286,10 @@ def test_without_a_text_encoder():
     without = type(ours).from_pipe(ours, text_encoder=None, tokenizer=None)
     with pytest.raises(AdapterError, match="need a tokenizer and a text encoder"):
         without.load_textual_inversion(vectors(), token="<cat>")
+
+
+def test_a_vector_too_large_for_the_encoder_is_refused(pipes):
+    pipe = suffuse.StableDiffusionPipeline(**copy.deepcopy(pipes[1].components), requires_safety_checker=False)
+    pipe.text_encoder.half()
+    with pytest.raises(NonFiniteError, match="<cat>"):
+        pipe.load_textual_inversion({"<cat>": vectors() * 1e6})

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import sys
 from functools import cache, partial
-from tempfile import mkdtemp
 from pathlib import Path
+from tempfile import mkdtemp
 
 import diffusers
 import pytest
 import tiny
 import torch
-from tasks import align, difference, set_scheduler, picture
+from tasks import align, difference, picture, set_scheduler
 
 import suffuse
 from suffuse.diffusion.windows import windows
-from suffuse.errors import InputError
+from suffuse.errors import SuffuseError
+
+sys.path.append(str(Path(__file__).parent.parent / "adapters"))
+from image_weights import image_encoder, ip_adapter
 
 WINDOWS = {"window_size": 16, "stride": 8}
-SIZE = {"height": 48, "width": 80}  # 24 x 40 latents
+SIZE = {"height": 192, "width": 320}  # 24 x 40 latents
 
 
 @cache
@@ -41,9 +46,6 @@ def pipes():
     return made
 
 
-SIZE = {"height": 192, "width": 320}
-
-
 def draw(pipe, **options):
     ours = WINDOWS if isinstance(pipe, suffuse.DiffusionPipeline) else {}
     settings = {"prompt": "a cat", "num_inference_steps": 4, "output_type": "pt", "return_dict": False, **SIZE, **ours}
@@ -55,12 +57,12 @@ OPTIONS = {
     "no guidance": {"guidance_scale": 1.0},
     "views together": {"view_batch_size": 3},
     "all views together": {"view_batch_size": 100},
-    "round about": {"circular_padding": True},
-    "round about, views together": {"circular_padding": True, "view_batch_size": 4},
+    "round about": {"circular_padding": True, "height": 128},
+    "round about, views together": {"circular_padding": True, "height": 128, "view_batch_size": 4},
     "smaller than a window": {"height": 64, "width": 96},
-    "round about, smaller than a window": {"width": 96, "circular_padding": True},
+    "round about, smaller than a window": {"height": 128, "width": 96, "circular_padding": True},
     "eta": {"eta": 1.0, "view_batch_size": 2},
-    "negative": {"negative_prompt": "rain", "clip_skip": 1},
+    "negative": {"negative_prompt": "rain"},
     "latents": {"output_type": "latent"},
 }
 
@@ -69,3 +71,119 @@ OPTIONS = {
 def test_pictures_equal_the_peers(name):
     set_scheduler(pipes(), "DDIMScheduler")
     assert difference(*(draw(pipe, **OPTIONS[name]) for pipe in pipes())) == 0
+
+
+SOLVERS = [
+    "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
+    "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler", "HeunDiscreteScheduler",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("scheduler", SOLVERS)
+def test_solvers_remember_each_window(scheduler):
+    set_scheduler(pipes(), scheduler)
+    assert difference(*(draw(pipe, view_batch_size=3) for pipe in pipes())) == 0
+
+
+# ---------------------------------------------------------------- where the peer is not followed
+
+
+def test_several_prompts_are_as_each_alone():
+    # The peer lays the prompts of several pictures beside the wrong ones.
+    set_scheduler(pipes(), "DDIMScheduler")
+    noise, prompts = torch.randn(2, 4, 24, 40, generator=torch.Generator().manual_seed(3)), ["a cat", "a dog"]
+    together = draw(pipes()[1], prompt=prompts, latents=noise, view_batch_size=3)
+    for index, prompt in enumerate(prompts):
+        assert difference(together[index : index + 1], draw(pipes()[1], prompt=prompt, latents=noise[index : index + 1])) < 1e-5
+
+
+def test_several_rows_of_windows_go_round_about():
+    # The peer fails; a picture that begins elsewhere is the same one.
+    set_scheduler(pipes(), "DDIMScheduler")
+    noise = torch.randn(1, 4, 24, 40, generator=torch.Generator().manual_seed(3))
+    turned, straight = (
+        draw(pipes()[1], latents=given, circular_padding=True, output_type="latent") for given in (noise.roll(8, 3), noise)
+    )
+    assert difference(turned.roll(-8, 3), straight) < 1e-4
+    assert difference(draw(pipes()[1], latents=noise, output_type="latent"), straight) > 1e-3
+
+
+@pytest.mark.parametrize("circular", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), [(16, 16), (17, 31), (5, 40), (24, 45), (30, 9)])
+def test_windows_cover_everything(rows, columns, circular):
+    # The peer leaves out what is beyond the last whole stride, which stays gray.
+    covered = torch.zeros(rows, columns)
+    for top, bottom, left, right in windows(rows, columns, 16, 8, circular):
+        covered[top:bottom, torch.arange(left, right if circular else min(right, columns)) % columns] += 1
+    assert bool((covered > 0).all())
+
+
+def test_rescaled_guidance_counts():
+    # The peer takes guidance_rescale and does nothing with it.
+    set_scheduler(pipes(), "DDIMScheduler")
+    assert difference(draw(pipes()[1], guidance_rescale=0.7), draw(pipes()[1])) > 1e-4
+
+
+def test_views_are_the_peers_where_they_fit():
+    for size in ((512, 2048), (768, 1024), (512, 512), (256, 1024)):
+        for circular in (False, True):
+            # A window that is larger than the picture says so, as the peer's does.
+            theirs = diffusers.StableDiffusionPanoramaPipeline.get_views(pipes()[0], *size, circular_padding=circular)
+            assert pipes()[1].get_views(*size, circular_padding=circular) == theirs
+
+
+# ---------------------------------------------------------------- beside others
+
+
+def test_pictures_to_take_after():
+    plain = suffuse.StableDiffusionPipeline(**{**pipes()[1].components, "image_encoder": image_encoder()}, requires_safety_checker=False)
+    plain.unet = copy.deepcopy(plain.unet)
+    plain.load_ip_adapter(ip_adapter(plain.unet), "", "")
+    ours = suffuse.StableDiffusionPanoramaPipeline.from_pipe(plain)
+    ours.set_progress_bar_config(disable=True)
+    shown = [draw(ours, ip_adapter_image=picture(), ip_adapter_scale=scale, view_batch_size=3) for scale in (0.0, 0.6)]
+    assert difference(*shown) > 1e-4
+    assert difference(shown[1], draw(ours, ip_adapter_image=picture(), ip_adapter_scale=0.6)) < 1e-5
+
+
+@pytest.mark.parametrize("scheduler", ["DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler"])
+def test_runs_are_kept_and_resumed(tmp_path, scheduler):
+    set_scheduler(pipes(), scheduler)
+    whole = draw(pipes()[1], generator=None, seed=3, num_images_per_prompt=2, save_run=str(tmp_path / "{step}.run"))
+    assert difference(whole, pipes()[1](resume=tmp_path / "2.run")[0]) == 0
+
+
+def test_callbacks_replace_what_the_windows_see():
+    set_scheduler(pipes(), "DDIMScheduler")
+
+    def forget(pipe, index, timestep, tensors):
+        return {"prompt_embeds": torch.zeros_like(tensors["prompt_embeds"])}
+
+    told = {"callback_on_step_end": forget, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    assert difference(draw(pipes()[1], **told), draw(pipes()[1])) > 1e-4
+
+
+# ---------------------------------------------------------------- what is wrong
+
+BAD = {
+    "gaps": ({"stride": 24}, "stride=24 leaves gaps between windows(.|\n)*at most window_size=16"),
+    "no window": ({"window_size": 0}, "window_size=0 is out of range"),
+    "no stride": ({"stride": 0}, "stride=0 is out of range"),
+    "half a view": ({"view_batch_size": 1.5}, "view_batch_size must be a whole number"),
+    "no views": ({"view_batch_size": 0}, "view_batch_size=0 is out of range"),
+    "a text for a flag": ({"circular_padding": "yes"}, "circular_padding has the wrong type"),
+    "latents of another shape": ({"latents": torch.zeros(1, 4, 8, 8)}, r"\(1, 4, 8, 8\)(.|\n)*\(1, 4, 24, 40\)"),
+    "a misspelt keyword": ({"view_batchsize": 2}, "did you mean 'view_batch_size'"),
+    "generators of another number": ({"generator": [torch.Generator()] * 3}, "generator: 3 given for 1 pictures"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_wrong_is_refused_before_anything_is_drawn(name):
+    options, message = BAD[name]
+    set_scheduler(pipes(), "DDIMScheduler")
+    generator = torch.Generator().manual_seed(3)
+    before = generator.get_state()
+    with pytest.raises(SuffuseError, match=message):
+        draw(pipes()[1], **{"generator": generator, **options})
+    assert torch.equal(generator.get_state(), before)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tasks import call, difference, pair, set_scheduler
 
+import suffuse
 from suffuse import SavedRun, Weighted
 from suffuse.diffusion.prompts import encode_text
 from suffuse.diffusion.weighted_prompts import BREAK, UP, parse
@@ -142,3 +143,13 @@ def test_a_saved_run_keeps_them(tmp_path):
     made = drawn("text", Weighted("a (red:1.5) cat"), save_run=tmp_path / "run.safetensors")
     assert isinstance(SavedRun.load(tmp_path / "run.safetensors").arguments["prompt"], Weighted)
     assert difference(pair("text")[1](resume=tmp_path / "run.safetensors")[0], made) == 0
+
+
+def test_weighted_prompts_beside_embeddings_must_fit():
+    _, pipe = pair("text")
+    embeds, *_ = pipe.encode_prompt("a cat", pipe.device, 1, False)
+    long = suffuse.Weighted("a (blurred:1.2) photograph " * 60)
+    with pytest.raises(InputError, match=r"a weighted prompt has \d+ tokens, and the embeddings beside it \d+"):
+        pipe(prompt_embeds=embeds, negative_prompt=long, num_inference_steps=1)
+    with pytest.raises(InputError, match=r"a weighted prompt has \d+ tokens, and the embeddings beside it 5"):
+        pipe(prompt_embeds=embeds[:, :5], negative_prompt=suffuse.Weighted("(blurred:1.2)"), num_inference_steps=1)

@@ -107,7 +107,7 @@ class TextualInversionLoaderMixin:
         contents = [_contents(source, choice, options, width) for source in sources]
         added: dict[str, Tensor] = {}
         for word, vectors, where in _words(contents, token):
-            tokens = _checked(word, vectors, where, width, tokenizer)
+            tokens = _checked(word, vectors, where, text_encoder.get_input_embeddings().weight, tokenizer)
             twice = sorted(tokens.keys() & added.keys())
             if twice:
                 raise AdapterError("a word is named twice", found=", ".join(twice), remedy="pass a token for each")
@@ -224,8 +224,9 @@ def _words(
     return [(name or own, vectors, where) for name, (own, vectors, where) in zip(names, contents, strict=True)]
 
 
-def _checked(word: str, vectors: Tensor, where: Path, width: int, tokenizer: Any) -> dict[str, Tensor]:
+def _checked(word: str, vectors: Tensor, where: Path, embeddings: Tensor, tokenizer: Any) -> dict[str, Tensor]:
     """Token → vector of a word, if it can be one."""
+    width = embeddings.shape[1]
     if not isinstance(word, str) or not word.isprintable() or not word.strip():  # pyright: ignore[reportUnnecessaryIsInstance]
         raise AdapterError(f"{where} does not say what its word is", remedy="pass token='<word>'")
     if vectors.ndim not in (1, 2) or vectors.shape[-1] != width or not len(vectors) or not vectors.is_floating_point():
@@ -235,7 +236,7 @@ def _checked(word: str, vectors: Tensor, where: Path, width: int, tokenizer: Any
             expected=f"floating point numbers, ({width},) or (vectors, {width})",
             remedy="load words that were learnt with this model; Stable Diffusion XL needs text_encoder=…, tokenizer=… for each",
         )
-    check_finite(where, word, vectors)
+    check_finite(where, word, vectors.to(embeddings.dtype))  # what is finite in the file may be too large for the encoder
     rows = vectors[None] if vectors.ndim == 1 else vectors
     tokens = [word, *(f"{word}_{number}" for number in range(1, len(rows)))]
     taken = [token for token in (*tokens, f"{word}_1") if token in tokenizer.get_vocab()]

@@ -173,9 +173,19 @@ def in_pieces(
 
     Returns:
         (len(texts), length, width), and (len(texts), projection): the vectors of first pieces, blended.
+
+    Raises:
+        InputError: The tokenizer is none of CLIP; or a weighted prompt does not fit into `length`, which is not its own.
     """
     at_once = int(tokenizer.model_max_length)
-    count = length // at_once
+    count, needed = length // at_once, length_for(texts, tokenizer) or 0
+    if tokenizer.bos_token_id is None:
+        raise InputError("only CLIP reads weighted prompts", found=type(tokenizer).__name__, remedy="pass a plain text")
+    if length % at_once or needed > length:
+        raise InputError(
+            f"a weighted prompt has {max(needed, at_once)} tokens, and the embeddings beside it {length}",
+            remedy="pass embeddings for both, prompt and negative prompt",
+        )
 
     def rows(made: list[Piece]) -> tuple[Tensor, Tensor, Tensor]:
         numbers = torch.full((count, at_once), tokenizer.pad_token_id)

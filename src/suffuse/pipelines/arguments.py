@@ -456,6 +456,13 @@ ARGUMENTS: dict[str, Argument] = {
     "sld_momentum_scale": Argument("How much of the steps before is added, in [0, 1].", number(0, 1)),
     "sld_mom_beta": Argument("How much of them is kept from step to step, in [0, 1].", number(0, 1)),
     "safety_concept": Argument("What pictures are guided away from; `pipe.safety_concept`, if None.", optional(phrase)),
+    # Wide pictures, by windows.
+    "view_batch_size": Argument("How many windows the UNet sees at once: more take more memory.", whole(1)),
+    "circular_padding": Argument(
+        "Whether the picture goes on at the left where it leaves at the right.", is_a(bool, spelled="True or False")
+    ),
+    "window_size": Argument("Rows and columns of a window in latents; what the UNet was trained on is best.", whole(1)),
+    "stride": Argument("From one window to the next, in latents: less makes windows agree better, and takes longer.", whole(1)),
 }
 """Keyword → what it means and may be. Docstrings, checks and the documentation are filled from here."""
 

@@ -33,6 +33,8 @@ TRANSFORMERS: dict[str, str] = {
     "CLIPProcessor": "CLIPProcessor",
     "BertTokenizer": "BertTokenizer",
     "BertTokenizerFast": "BertTokenizer",
+    "XLMRobertaTokenizer": "XLMRobertaTokenizer",
+    "XLMRobertaTokenizerFast": "XLMRobertaTokenizer",
     # The processors that need Pillow alone; the others want torchvision.
     "CLIPFeatureExtractor": "CLIPImageProcessorPil",
     "CLIPImageProcessor": "CLIPImageProcessorPil",
@@ -56,6 +58,7 @@ PIPELINE_MODULES: dict[tuple[str, str], str] = {
     ("stable_diffusion", "CLIPImageProjection"): "suffuse.models.clip_image_projection",
     ("stable_diffusion", "StableUnCLIPImageNormalizer"): "suffuse.pipelines.stable_unclip.image_normalizer",
     ("latent_diffusion", "LDMBertModel"): "suffuse.pipelines.latent_diffusion.bert",
+    ("alt_diffusion", "RobertaSeriesModelWithTransformation"): "suffuse.pipelines.alt_diffusion.text_encoder",
     ("blip_diffusion", "ContextCLIPTextModel"): "suffuse.pipelines.blip_diffusion.text_encoder",
     ("blip_diffusion", "Blip2QFormerModel"): "suffuse.pipelines.blip_diffusion.qformer",
     ("blip_diffusion", "BlipImageProcessor"): "suffuse.pipelines.blip_diffusion.image_processor",

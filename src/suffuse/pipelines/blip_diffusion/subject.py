@@ -12,7 +12,7 @@ from suffuse.diffusion.conditioning import Conditioner, Conditioning, text
 from suffuse.diffusion.decoders import decode_latents
 from suffuse.diffusion.guidance import ClassifierFreeGuidance
 from suffuse.diffusion.prompts import listed
-from suffuse.diffusion.weighted_prompts import TOKENIZING
+from suffuse.diffusion.weighted_prompts import TOKENIZING, Weighted
 from suffuse.errors import InputError
 from suffuse.pipelines.arguments import check_pixels
 from suffuse.pipelines.pipeline import DiffusionPipeline
@@ -78,6 +78,8 @@ class SubjectDriven(DiffusionPipeline):
     def check_call(self, arguments: dict[str, Any]) -> None:
         """Raise `InputError` unless each prompt has its subjects."""
         count = self.pictures_of(arguments)
+        if any(isinstance(text, Weighted) for text in (*listed(arguments["prompt"]), arguments.get("neg_prompt"))):
+            raise InputError("prompts with a subject among their words cannot be weighted", remedy="pass a plain text")
         for name in ("prompt", *SUBJECTS):
             if len(listed(arguments[name])) != count or not count:
                 found = f"{len(listed(arguments[name]))} for {count} prompts"
