@@ -18,7 +18,7 @@ from tasks import CONTROLLED, call, difference, mask, pair, picture
 
 import suffuse
 from suffuse.diffusion.guidance import ClassifierFreeGuidance
-from suffuse.errors import InputError, UnknownArgumentError
+from suffuse.errors import ConfigError, InputError, UnknownArgumentError
 from suffuse.pipelines.features import COMPOSED, EXCLUSIVE, FEATURES
 
 sys.path.append(str(Path(__file__).parent.parent / "adapters"))
@@ -353,3 +353,9 @@ def test_a_run_with_a_net_goes_on_when_it_is_given_again(tmp_path):
     assert difference(whole, again) == 0
     with pytest.raises(InputError, match="control_image is given and no controlnet"):
         pipe(resume=tmp_path / "1.run")
+
+
+def test_a_net_for_another_autoencoder_is_refused():
+    wrong = suffuse.ControlNetModel.from_unet(ungated(False), conditioning_embedding_out_channels=(8, 16, 24))
+    with pytest.raises(ConfigError, match=r"made 4 times smaller, and latents are 2 times smaller"):
+        suffuse.StableDiffusionPipeline(**parts(False))("a cat", controlnet=wrong, control_image=picture())

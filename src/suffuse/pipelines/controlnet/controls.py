@@ -64,6 +64,7 @@ def controls(pipe: Any, controlnet: Any, name: str, frame: Frame) -> list[Contro
         check_count(image, prompt_count(arguments), place)
         processor = control_processor(pipe.vae_scale_factor)
         pictures = processor.preprocess(image, *asked, *frame[2:], place).float()
+        check_shrinking(net, pipe.vae_scale_factor)
         check_size(place, pictures, (net.config.conditioning_channels, *frame[:2]))
         check_place(f"controlnet[{index}]" if several else "controlnet", net, pipe)
         times = 1 if len(pictures) == 1 else arguments["num_images_per_prompt"]
@@ -107,6 +108,17 @@ def check_nets(unet: Any, nets: Sequence[Any]) -> None:
                 found="; ".join(f"{key} {one!r} and {other!r}" for key, (one, other) in unlike.items()),
                 expected="a ControlNet that was trained for this UNet",
             )
+
+
+def check_shrinking(net: Any, factor: int) -> None:
+    """Raise `ConfigError` if a ControlNet brings pictures to another size than that of the latents of `factor`."""
+    own = 2 ** (len(net.config.conditioning_embedding_out_channels) - 1)
+    if own != factor:
+        raise ConfigError(
+            "controlnet/config.json and vae/config.json disagree",
+            found=f"pictures are made {own} times smaller, and latents are {factor} times smaller",
+            remedy="a ControlNet has one of conditioning_embedding_out_channels more than the autoencoder halves pictures",
+        )
 
 
 def check_count(image: ImageInput, prompts: int, name: str) -> None:
