@@ -21,6 +21,7 @@ import suffuse
 
 sys.path.append(str(ROOT / "tests" / "adapters"))
 from factors import adapter
+from image_weights import image_encoder, ip_adapter
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
@@ -49,6 +50,10 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     half = {"adapter_type": "full_adapter_xl", "downscale_factor": 2 * pipe.vae_scale_factor}
     widths = list(pipe.unet.config.block_out_channels)
     suffuse.T2IAdapter(channels=widths, num_res_blocks=1, **half).save_pretrained("t2iadapter-sketch")
+    Path("ip-adapter").mkdir()
+    peers_unet = diffusers.UNet2DConditionModel.from_pretrained(random_checkpoint(), subfolder="unet")
+    save_file(ip_adapter(peers_unet), "ip-adapter/ip-adapter_sd15.safetensors")
+    image_encoder().save_pretrained("ip-adapter/image_encoder")
     for seed, name in enumerate(("style", "light")):
         save_file(adapter(pipe, seed=seed), f"{name}.safetensors")
     Path("examples").symlink_to(ROOT / "examples")

@@ -1,0 +1,141 @@
+"""Time of calls of families that bend Stable Diffusion, peer and suffuse in turn in one process, with the same random weights.
+
+    python benchmarks/families.py [NAME …] [--wide] [--size 256] [--steps 8] [--repeats 5]
+
+The models are those of the tests; `--wide` gives the UNet the shape of Stable Diffusion 1.5 with a quarter of its channels. Needs
+the test extra, and diffusers, which it compares with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from PIL import Image
+
+import suffuse
+
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
+import tiny
+
+WIDE = {
+    "block_out_channels": (80, 160, 320, 320),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "layers_per_block": 2,
+    "norm_num_groups": 16,
+}
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8))
+
+
+@dataclass(frozen=True)
+class Family:
+    """A class, and what is to be said to it."""
+
+    pipeline: str
+    call: dict[str, Any] = field(default_factory=dict)
+    unet: dict[str, Any] = field(default_factory=dict)
+    scheduler: str = "DDIMScheduler"
+    pictured: bool = False
+    run: Callable[..., Any] = lambda pipe, **call: pipe(**call)
+
+
+def edited(pipe: Any, **call: Any) -> Any:
+    """A mask, an inversion and an edit."""
+    seeded, image = call.pop("generator"), call.pop("image")
+    common = {"generator": seeded, "num_inference_steps": call["num_inference_steps"]}
+    mask = pipe.generate_mask(image=image, source_prompt="a cat", target_prompt="a dog", num_maps_per_mask=2, **common)
+    inverted = pipe.invert(image=image, prompt="a cat", **common).latents
+    return pipe(mask_image=mask, image_latents=inverted, generator=seeded, **call)
+
+
+FAMILIES = {
+    "text to image": Family("StableDiffusionPipeline"),
+    "InstructPix2Pix": Family("StableDiffusionInstructPix2PixPipeline", unet={"in_channels": 8}, pictured=True),
+    "latent consistency": Family("LatentConsistencyModelPipeline", unet={"time_cond_proj_dim": 32}, scheduler="LCMScheduler"),
+    "self-attention guidance": Family("StableDiffusionSAGPipeline", {"sag_scale": 0.75}),
+    "semantic guidance": Family(
+        "SemanticStableDiffusionPipeline",
+        {"editing_prompt": ["a hat", "a beard"], "edit_guidance_scale": [4.0, 5.0], "edit_warmup_steps": [1, 1]},
+    ),
+    "safe": Family("StableDiffusionPipelineSafe"),
+    "attend and excite": Family(
+        "StableDiffusionAttendAndExcitePipeline", {"token_indices": [2], "max_iter_to_alter": 4, "thresholds": {}}
+    ),
+    "panorama": Family("StableDiffusionPanoramaPipeline", {"height": 512, "width": 576, "view_batch_size": 2}),
+    "DiffEdit": Family("StableDiffusionDiffEditPipeline", pictured=True, run=edited),
+    "boxes": Family(
+        "StableDiffusionGLIGENPipeline",
+        {"gligen_boxes": [[0.1, 0.1, 0.6, 0.7]], "gligen_phrases": ["a dog"], "gligen_scheduled_sampling_beta": 1.0},
+        unet={"attention_type": "gated"},
+    ),
+}
+
+
+def pipelines(family: Family, options: argparse.Namespace, folder: Path) -> list[Any]:
+    """The peer's pipeline and ours, of one checkpoint."""
+    parts = tiny.stable_diffusion(folder / "tokenizer")
+    # Windows of panoramas are counted in latents of eight pixels.
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    parts["vae"] = diffusers.AutoencoderKL(block_out_channels=[8] * 4, norm_num_groups=8, **blocks)
+    parts["unet"] = tiny.unet(**{**(WIDE if options.wide else {}), **family.unet})
+    parts["scheduler"] = getattr(diffusers, family.scheduler)(beta_start=0.00085, beta_end=0.012, steps_offset=1)
+    if "DiffEdit" in family.pipeline:
+        parts["inverse_scheduler"] = diffusers.DDIMInverseScheduler(beta_start=0.00085, beta_end=0.012, steps_offset=1)
+    getattr(diffusers, family.pipeline)(**parts, requires_safety_checker=False).save_pretrained(folder / "pipeline")
+    without = {"safety_checker": None, "requires_safety_checker": False}
+    made = [getattr(library, family.pipeline).from_pretrained(folder / "pipeline", **without) for library in (diffusers, suffuse)]
+    for pipe in made:
+        pipe.set_progress_bar_config(disable=True)
+    return made
+
+
+def seconds(pipe: Any, family: Family, options: argparse.Namespace) -> float:
+    """How long one call takes."""
+    call: dict[str, Any] = {"prompt": "a cat with a hat", "num_inference_steps": options.steps, "output_type": "latent"}
+    if family.pictured:
+        call["image"] = PICTURE.resize((options.size, options.size))
+    else:
+        call |= {"height": options.size, "width": options.size}
+    call |= family.call
+    began = time.perf_counter()
+    family.run(pipe, generator=torch.Generator().manual_seed(0), **call)
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=list(FAMILIES), metavar="NAME", help=", ".join(FAMILIES))
+    parser.add_argument("--wide", action="store_true", help="the shape of Stable Diffusion 1.5, a quarter of its channels")
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    for name in options.names:
+        family = FAMILIES[name]
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                peer, ours = pipelines(family, options, Path(folder))
+                rounds = [[seconds(pipe, family, options) for pipe in (peer, ours)] for _ in range(options.repeats + 1)][1:]
+            except AttributeError as error:
+                print(f"{name:26} {error}")
+                continue
+        ratios = [mine / theirs for theirs, mine in rounds]
+        theirs, mine = (statistics.median(times) for times in zip(*rounds, strict=True))
+        print(f"{name:26} {theirs:7.3f} s  {mine:7.3f} s   ratio {statistics.median(ratios):.2f}")
+
+
+if __name__ == "__main__":
+    main()
