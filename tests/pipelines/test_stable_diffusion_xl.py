@@ -388,3 +388,18 @@ def test_float32_is_lent_wherever_the_autoencoder_waits(way, tiled):
     finally:
         pipes[0].remove_all_hooks()
     assert half.dtype == torch.float16
+
+
+# ------------------------------------------------------------ Turbo
+
+
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [("xl text", {"num_inference_steps": 1}), ("xl text", {"num_inference_steps": 4}), ("xl image", {"num_inference_steps": 2})],
+)
+def test_turbo_needs_no_guidance_and_few_steps(task, options):
+    pipes = pair(task)
+    set_scheduler(pipes, "EulerAncestralDiscreteScheduler", timestep_spacing="trailing")
+    asked = options | {"guidance_scale": 0.0} | ({"strength": 0.5} if task == "xl image" else {})
+    assert difference(*(call(pipe, task, **asked) for pipe in pipes)) == 0
+    set_scheduler(pipes, "DDIMScheduler")
