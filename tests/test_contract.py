@@ -27,7 +27,16 @@ UNSPOKEN |= {
     "enable_fuser",
 }
 UNSPOKEN |= {"get_cross_attention_kwargs_with_grounded", "get_cross_attention_kwargs_without_grounded"}
-UNSPOKEN |= {"pred_epsilon", "pred_x0", "sag_masking", "perform_safety_guidance"}
+UNSPOKEN |= {
+    "pred_epsilon",
+    "pred_x0",
+    "sag_masking",
+    "perform_safety_guidance",
+    "auto_corr_loss",
+    "kl_divergence",
+    "register_attention_control",
+}
+UNSPOKEN |= {"check_source_inputs", "prepare_image_latents"}
 """Steps inside the peer's methods that nobody calls by name; here they are parts of other shape."""
 
 

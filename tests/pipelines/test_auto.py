@@ -63,6 +63,19 @@ def test_from_pipe_goes_in_every_direction_and_shares(source, target):
     assert second.config.requires_safety_checker is False
 
 
+@pytest.mark.parametrize("name", ["LatentConsistencyModel", "AltDiffusion"])
+def test_families_of_two_tasks(name):
+    first = getattr(suffuse, f"{name}Pipeline").from_pipe(pair("text")[1])
+    second = suffuse.AutoPipelineForImage2Image.from_pipe(first)
+    assert type(second).__name__ == f"{name}Img2ImgPipeline"
+    assert all(second.components[part] is first.components[part] for part in ("unet", "vae", "text_encoder"))
+    assert type(suffuse.AutoPipelineForText2Image.from_pipe(second)) is type(first)
+    with pytest.raises(ConfigError, match=r"has no pipeline for inpainting(.|\n)*\['text_to_image', 'image_to_image'\]"):
+        suffuse.AutoPipelineForInpainting.from_pipe(first)
+    with pytest.raises(ConfigError, match="takes no controlnet"):
+        suffuse.AutoPipelineForText2Image.from_pipe(first, controlnet=object())
+
+
 def test_a_component_given_replaces_the_shared_one():
     _, ours = pair("text")
     other = suffuse.AutoencoderKL.from_config(ours.vae.config)

@@ -136,7 +136,9 @@ def test_views_are_the_peers_where_they_fit():
 
 
 def test_pictures_to_take_after():
-    plain = suffuse.StableDiffusionPipeline(**{**pipes()[1].components, "image_encoder": image_encoder()}, requires_safety_checker=False)
+    plain = suffuse.StableDiffusionPipeline(
+        **{**pipes()[1].components, "image_encoder": image_encoder()}, requires_safety_checker=False
+    )
     plain.unet = copy.deepcopy(plain.unet)
     plain.load_ip_adapter(ip_adapter(plain.unet), "", "")
     ours = suffuse.StableDiffusionPanoramaPipeline.from_pipe(plain)

@@ -14,7 +14,7 @@ import torch
 from tasks import align, call, difference, folder, pair, picture, set_scheduler
 
 import suffuse
-from suffuse.diffusion.self_attention_guidance import SelfAttentionGuidance
+from suffuse import SelfAttentionGuidance
 from suffuse.errors import InputError
 
 sys.path.append(str(Path(__file__).parent.parent / "adapters"))
@@ -217,7 +217,7 @@ def test_a_processor_that_shows_nothing_is_told():
     before = ours.unet.attn_processors
     try:
         ours.unet.set_attn_processor(Foreign())
-        with pytest.raises(InputError, match="a processor shows nothing(.|\n)*Foreign"):
+        with pytest.raises(InputError, match=r"a processor shows nothing(.|\n)*Foreign"):
             draw(ours)
     finally:
         ours.unet.set_attn_processor(before)

@@ -5,16 +5,21 @@ Nothing of the model is changed, so threads that share it do not see each other'
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from suffuse.diffusion.conditioning import Denoiser, ModelCall
 from suffuse.diffusion.loop import Step
 from suffuse.errors import InputError
 from suffuse.layers.attention import Attention
 from suffuse.layers.attention_processors import Watch
+
+PLACES = ("up_blocks", "down_blocks", "mid_block")
+"""Parts of a UNet, in the order in which what they attend to is added up."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,28 @@ class WatchAttention:
 def watching(denoiser: Denoiser, watched: Mapping[Attention, Watch]) -> Denoiser:
     """A denoiser that has layers watched, whatever branches it is asked for."""
     return replace(denoiser, conditioners=[*denoiser.conditioners, WatchAttention(watched)])
+
+
+def recording(denoiser: Denoiser, layers: Iterable[Attention], seen: dict[Attention, Tensor]) -> Denoiser:
+    """A denoiser that puts the probabilities of layers into `seen`, in the order in which they are called."""
+    return watching(denoiser, {layer: partial(seen.__setitem__, layer) for layer in layers})
+
+
+def formed(model: Any) -> WatchAttention:
+    """A conditioner that has all probabilities formed in memory: layers that are watched and those that are not then compute
+    the same, to the last bit.
+    """
+    return WatchAttention(dict.fromkeys(model.attention_layers().values(), lambda probabilities: None))
+
+
+def cross_attention(model: nn.Module) -> list[Attention]:
+    """The layers of a UNet that attend to words, by place and in the order in which they are called there."""
+    return [
+        module
+        for place in PLACES
+        for name, module in model.named_modules()
+        if name.startswith(place) and isinstance(module, Attention) and module.is_cross_attention
+    ]
 
 
 def map_size(latents: Tensor, tokens: int) -> tuple[int, int]:

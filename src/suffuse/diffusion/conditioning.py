@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from suffuse.diffusion.loop import Step
 from suffuse.schedulers.scheduler import SchedulerMixin
 
-
 UNTOLD = ("uncond", "image")
 """Branches of guidance that are told no text, and so shown nothing and told of no objects either."""
 

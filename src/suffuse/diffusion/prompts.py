@@ -102,6 +102,29 @@ def encode_text_and_end(texts: list[str], tokenizer: Any, text_encoder: Any, dev
     return _read(texts, tokenizer, text_encoder, device, None, read)
 
 
+def encode_text_and_project(
+    texts: list[str], tokenizer: Any, text_encoder: Any, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the prior of unCLIP is told of texts: a vector each, their states, and which tokens are theirs.
+
+    Args:
+        texts: One text a picture.
+        tokenizer: A CLIP tokenizer.
+        text_encoder: A CLIP text model with a projection.
+        device: Where the text encoder computes.
+
+    Returns:
+        (len(texts), projection), (len(texts), tokens, width), and (len(texts), tokens), False where a token only fills.
+
+    Raises:
+        NonFiniteError: The encoder gave NaN or infinity.
+    """
+    ids, mask = _tokens(texts, tokenizer, text_encoder, device, None)
+    output = text_encoder(ids)
+    check_finite(output.last_hidden_state)
+    return output.text_embeds, output.last_hidden_state, mask.bool()
+
+
 def _read(
     texts: Sequence[str],
     tokenizer: Any,

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from suffuse.diffusion.conditioning import Conditioning
-from suffuse.diffusion.guidance import Guidance
 from suffuse.diffusion.advance import GuidedStep
+from suffuse.diffusion.conditioning import Conditioning
 from suffuse.diffusion.loop import Step
 from suffuse.errors import InputError
 

@@ -85,10 +85,11 @@ class TimestepEmbedding(nn.Module):
 
     Args:
         in_channels: Size in.
-        time_embed_dim: Size out.
+        time_embed_dim: Size between the layers.
         act_fn: Activation between the layers.
         post_act_fn: Activation after them.
         cond_proj_dim: Size of the condition.
+        out_dim: Size out; `time_embed_dim`, if `None`.
     """
 
     def __init__(
@@ -98,16 +99,17 @@ class TimestepEmbedding(nn.Module):
         act_fn: str = "silu",
         post_act_fn: str | None = None,
         cond_proj_dim: int | None = None,
+        out_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.linear_1 = nn.Linear(in_channels, time_embed_dim)
         self.cond_proj = None if cond_proj_dim is None else nn.Linear(cond_proj_dim, in_channels, bias=False)
         self.act = get_activation(act_fn)
-        self.linear_2 = nn.Linear(time_embed_dim, time_embed_dim)
+        self.linear_2 = nn.Linear(time_embed_dim, out_dim or time_embed_dim)
         self.post_act = None if post_act_fn is None else get_activation(post_act_fn)
 
     def forward(self, sample: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Map `sample` (batch, in_channels) and `condition` (batch, cond_proj_dim) to (batch, time_embed_dim)."""
+        """Map `sample` (batch, in_channels) and `condition` (batch, cond_proj_dim) to (batch, out_dim)."""
         if condition is not None and self.cond_proj is not None:
             sample = sample + self.cond_proj(condition)
         sample = self.linear_2(self.act(self.linear_1(sample)))

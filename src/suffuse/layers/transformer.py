@@ -82,6 +82,9 @@ class BasicTransformerBlock(Recomputable):
         only_cross_attention: Attend to the context in the first layer too.
         upcast_attention: Multiply queries and keys in float32.
         attention_type: "default", or gated self-attention over grounding tokens (Li et al., 2023, "GLIGEN", eq. 8).
+        attention_bias: Whether queries, keys and values have biases.
+        activation_fn: Of the feed-forward layer, a name from `FEED_FORWARD`.
+        dropout: Probability of zeroing in each layer.
     """
 
     def __init__(
@@ -93,12 +96,17 @@ class BasicTransformerBlock(Recomputable):
         only_cross_attention: bool = False,
         upcast_attention: bool = False,
         attention_type: AttentionType = "default",
+        attention_bias: bool = False,
+        activation_fn: str = "geglu",
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         heads: dict[str, Any] = {
             "heads": num_attention_heads,
             "dim_head": attention_head_dim,
             "upcast_attention": upcast_attention,
+            "bias": attention_bias,
+            "dropout": dropout,
         }
         self.only_cross_attention = only_cross_attention
         self.norm1 = nn.LayerNorm(dim)
@@ -106,7 +114,7 @@ class BasicTransformerBlock(Recomputable):
         self.norm2 = None if cross_attention_dim is None else nn.LayerNorm(dim)
         self.attn2 = None if cross_attention_dim is None else Attention(dim, cross_attention_dim, **heads)
         self.norm3 = nn.LayerNorm(dim)
-        self.ff = FeedForward(dim)
+        self.ff = FeedForward(dim, dropout, activation_fn)
         if attention_type != "default":
             self.fuser = GatedSelfAttentionDense(
                 Attention(dim, heads=num_attention_heads, dim_head=attention_head_dim),

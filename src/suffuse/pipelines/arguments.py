@@ -210,6 +210,20 @@ def replayed(name: str, value: Any) -> None:
         tensor(dimensions=4)(f"{name}[{index}]", edit)
 
 
+def positions(name: str, value: Any) -> None:
+    """A whole number of at least 1, or a list of them."""
+    for item in cast(list[Any], value) if isinstance(value, (list, tuple)) else [value]:
+        whole(1)(name, item)
+
+
+def by_step(name: str, value: Any) -> None:
+    """A dictionary from steps, counted from 0, to numbers in [0, 1]."""
+    is_a(dict, spelled="a dictionary")(name, value)
+    for step, threshold in cast(dict[Any, Any], value).items():
+        whole(0)(f"a step of {name}", step)
+        number(0, 1)(f"{name}[{step}]", threshold)
+
+
 def each_or_none(check: Check) -> Check:
     """None, or a list of what `check` allows or None."""
 
@@ -224,6 +238,14 @@ def phrase(name: str, value: Any) -> None:
     """One text."""
     is_a(str, spelled="a text")(name, value)
     texts(name, value)
+
+
+def inverted(name: str, value: Any) -> None:
+    """None, or tensors of 3, 4 or 5 dimensions, as a list or one."""
+    for index, one in enumerate(cast(list[Any], value) if isinstance(value, list) else [value]):
+        where = f"{name}[{index}]" if isinstance(value, list) else name
+        optional(is_a(Tensor, spelled="a torch.Tensor, or a list"))(where, one)
+        tensor(dimensions=min(max(one.ndim, 3), 5) if isinstance(one, Tensor) else 4)(where, one)
 
 
 def pil(name: str, value: Any) -> None:
@@ -456,6 +478,21 @@ ARGUMENTS: dict[str, Argument] = {
     "sld_momentum_scale": Argument("How much of the steps before is added, in [0, 1].", number(0, 1)),
     "sld_mom_beta": Argument("How much of them is kept from step to step, in [0, 1].", number(0, 1)),
     "safety_concept": Argument("What pictures are guided away from; `pipe.safety_concept`, if None.", optional(phrase)),
+    # From one thing to another, where it is.
+    "source_embeds": Argument("(texts, tokens, width): what `pipe.get_embeds` says of what is there.", tensor(dimensions=3)),
+    "target_embeds": Argument("The same of what should be there.", tensor(dimensions=3)),
+    "cross_attention_guidance_amount": Argument("How far latents are moved so that words stay where they are.", number(0)),
+    # No word left out.
+    "token_indices": Argument(
+        "Positions of the words, as `pipe.get_indices(prompt)` counts, that must be seen; for several prompts a list for each.",
+        each(positions),
+    ),
+    "max_iter_to_alter": Argument("How many steps, from the first, latents are moved before.", whole(0)),
+    "thresholds": Argument("Step → how much each word must be attended to before it goes on, in [0, 1].", by_step),
+    "scale_factor": Argument("How far latents are moved.", number(0)),
+    "attn_res": Argument(
+        "(rows, columns) of the feature maps whose attention counts; a quarter of the latents, if None.", optional(two(1))
+    ),
     # Wide pictures, by windows.
     "view_batch_size": Argument("How many windows the UNet sees at once: more take more memory.", whole(1)),
     "circular_padding": Argument(
@@ -463,6 +500,51 @@ ARGUMENTS: dict[str, Argument] = {
     ),
     "window_size": Argument("Rows and columns of a window in latents; what the UNet was trained on is best.", whole(1)),
     "stride": Argument("From one window to the next, in latents: less makes windows agree better, and takes longer.", whole(1)),
+    # Where two prompts differ.
+    "source_prompt": Argument("What the picture shows: a text, or one for each picture.", texts),
+    "source_negative_prompt": Argument("What it does not show, likewise.", texts),
+    "source_prompt_embeds": Argument("(batch, tokens, width): `source_prompt`, encoded.", tensor(dimensions=3)),
+    "source_negative_prompt_embeds": Argument("(batch, tokens, width): `source_negative_prompt`.", tensor(dimensions=3)),
+    "target_prompt": Argument("What it should show: a text, or one for each picture.", texts),
+    "target_negative_prompt": Argument("What it should not show, likewise.", texts),
+    "target_prompt_embeds": Argument("(batch, tokens, width): `target_prompt`, encoded.", tensor(dimensions=3)),
+    "target_negative_prompt_embeds": Argument("(batch, tokens, width): `target_negative_prompt`.", tensor(dimensions=3)),
+    "num_maps_per_mask": Argument("Of how many noises a mask is made.", whole(1, 1024)),
+    "mask_encode_strength": Argument("How much noise is on the picture meanwhile, in [0, 1].", number(0, 1)),
+    "mask_thresholding_ratio": Argument(
+        "Differences are cut off at so many times their mean; half of that counts as changed.", number(1e-6)
+    ),
+    # To the noise a picture comes from.
+    "image_latents": Argument("What `pipe.invert(…)` returned as `latents`.", inverted),
+    "inpaint_strength": Argument("How far towards noise, in [0, 1]; in a call as in the inversion.", number(0, 1)),
+    "decode_latents": Argument("Whether to show the latents of all steps.", is_a(bool, spelled="True or False")),
+    "num_reg_steps": Argument("How often each prediction is moved towards what noise looks like.", whole(0)),
+    "lambda_auto_corr": Argument("How far, against correlation between neighbours.", number(0)),
+    "num_auto_corr_rolls": Argument("By how many random distances correlation is measured.", whole(1)),
+    "lambda_kl": Argument("How far, against another mean and variance than those of noise.", number(0)),
+    "clip_ckip": Argument("`clip_skip`, as diffusers spells it here.", optional(whole(0))),
+    # What a prior imagines, and samplers of k-diffusion.
+    "prior_num_inference_steps": Argument("Steps of the prior.", whole(1)),
+    "prior_guidance_scale": Argument("How much the prior favours the prompt; 1 or less: not at all.", number()),
+    "prior_latents": Argument("(batch, size): the noise the prior starts from.", tensor(dimensions=2)),
+    "use_karras_sigmas": Argument(
+        "Noise levels as Karras et al. (2022) space them, equation 5; as the scheduler does, if False.",
+        optional(is_a(bool, spelled="True or False")),
+    ),
+    "noise_sampler_seed": Argument(
+        "A seed for the noise of a sampler that takes a Brownian path; drawn from `generator`, if None.", seeds
+    ),
+    # With the noise of the picture itself.
+    "source_guidance_scale": Argument("How much to favour `source_prompt` where the noise of the picture is found.", number()),
+    # Many steps at once.
+    "parallel": Argument("How many steps are taken at once: more take more memory, and fewer rounds.", whole(1)),
+    "tolerance": Argument("How much of the deviation of its noise a step may still change and count as settled.", number(0)),
+    "debug": Argument("Whether sums are taken in float32 on the CPU, where their order is always the same.", is_a(bool, spelled="True or False")),
+    # Inpainting as it was first done.
+    "add_predicted_noise": Argument(
+        "Whether the known part gets the noise that is predicted without a prompt, and not that of the beginning.",
+        is_a(bool, spelled="True or False"),
+    ),
 }
 """Keyword → what it means and may be. Docstrings, checks and the documentation are filled from here."""
 
@@ -594,6 +676,13 @@ INSTEAD = {"seed": "generator", "generator": "seed", "prompt": "prompt_embeds", 
 """Argument → the one of a run that it takes the place of."""
 
 
+BESIDE: Mapping[str, Any] = {
+    **dict.fromkeys(("seed", "save_run", "resume", "callback_on_step_end"), None),
+    "callback_on_step_end_tensor_inputs": [],
+}
+"""What a run asks for, and what it is for recipes that do not offer it: those of another name than `__call__`."""
+
+
 def copied(value: Any) -> Any:
     """The value; of generators another one in the same state, so that a call that draws from it leaves the run as it is."""
     if isinstance(value, list):
@@ -670,7 +759,7 @@ def written_out(call: Callable[..., Any]) -> tuple[inspect.Signature, tuple[str,
 
 
 def recipe(call: _Call) -> _Call:
-    """Make a method a pipeline's `__call__`: arguments checked by name, a run begun, no gradients, docstring filled.
+    """Make a method a pipeline's `__call__`, or another of its runs: arguments checked, a run begun, docstring filled.
 
     Raises:
         UnknownArgumentError: A keyword the pipeline does not have; the message names the nearest.
@@ -695,7 +784,7 @@ def recipe(call: _Call) -> _Call:
         bound.apply_defaults()
         if begun is not None:
             bound.arguments |= begun.arguments | given | {"resume": begun}
-        arguments = {name: _listed(bound.arguments[name]) for name in names}
+        arguments = BESIDE | {name: _listed(bound.arguments[name]) for name in names}
         for name, value in arguments.items():
             if name not in values or value is not ARGUMENTS[name].default:
                 ARGUMENTS[name].check(name, value)
@@ -708,7 +797,7 @@ def recipe(call: _Call) -> _Call:
         arguments["generator"] = sources_of_noise(arguments, count)
         with self.running(arguments) as run, torch.no_grad():
             run.writer = writer
-            return call(self, **arguments)
+            return call(self, **{name: arguments[name] for name in names})
 
     lines = [f"    {name}: {ARGUMENTS[name].description}" for name in names]
     checked.__doc__ = "\n".join([inspect.cleandoc(call.__doc__ or ""), "", "Args:", *lines])

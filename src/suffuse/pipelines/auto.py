@@ -47,6 +47,8 @@ FAMILIES: tuple[Family, ...] = (
         "StableDiffusionXLControlNetInpaintPipeline",
         controlnet=True,
     ),
+    Family("latent consistency", "LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline", None),
+    Family("AltDiffusion", "AltDiffusionPipeline", "AltDiffusionImg2ImgPipeline", None),
 )
 """Every family of which a task can be asked; those that take a ControlNet stand in a row of their own, under the same name."""
 

@@ -28,6 +28,8 @@ TRANSFORMERS: dict[str, str] = {
     "CLIPTextModelWithProjection": "CLIPTextModelWithProjection",
     "CLIPVisionModelWithProjection": "CLIPVisionModelWithProjection",
     "DPTForDepthEstimation": "DPTForDepthEstimation",
+    "BlipForConditionalGeneration": "BlipForConditionalGeneration",
+    "BlipProcessor": "BlipProcessor",
     "CLIPTokenizer": "CLIPTokenizer",
     "CLIPTokenizerFast": "CLIPTokenizer",
     "CLIPProcessor": "CLIPProcessor",
@@ -68,6 +70,7 @@ PIPELINE_MODULES: dict[tuple[str, str], str] = {
 
 FORMER: dict[tuple[str, str], tuple[str, str]] = {
     ("controlnet", "MultiControlNetModel"): ("diffusers", "MultiControlNetModel"),
+    ("diffusers", "RobertaSeriesModelWithTransformation"): ("alt_diffusion", "RobertaSeriesModelWithTransformation"),
     ("diffusers", "PaintByExampleImageEncoder"): ("paint_by_example", "PaintByExampleImageEncoder"),
     ("diffusers", "SafeStableDiffusionSafetyChecker"): ("stable_diffusion_safe", "SafeStableDiffusionSafetyChecker"),
     ("deprecated", "KarrasVeScheduler"): ("diffusers", "KarrasVeScheduler"),
@@ -77,6 +80,8 @@ FORMER: dict[tuple[str, str], tuple[str, str]] = {
 
 NEEDED: dict[str, tuple[str, ...]] = {
     "scheduler": ("fork", "follow", "set_timesteps"),
+    "caption_generator": ("generate", "device"),
+    "caption_processor": ("batch_decode", "__call__"),
     "unet": ("config.in_channels", "time_proj", "forward"),
     "vae": ("config.latent_channels", "config.scaling_factor", "decode"),
     "text_encoder": ("config.hidden_size", "forward"),
@@ -89,8 +94,13 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "processor": ("__call__",),
     "image_project": ("config.hidden_size", "forward"),
     "low_res_scheduler": ("add_noise",),
+    "inverse_scheduler": ("fork", "follow", "set_timesteps"),
     "image_noising_scheduler": ("add_noise",),
     "image_normalizer": ("scale", "unscale"),
+    "prior": ("config.embedding_dim", "post_process_latents", "forward"),
+    "prior_scheduler": ("fork", "set_timesteps", "step"),
+    "prior_text_encoder": ("config.projection_dim", "forward"),
+    "prior_tokenizer": ("model_max_length", "__call__"),
     "watermarker": ("apply_watermark",),
     "controlnet": ("dtype", "forward"),
     "qformer": ("config.num_query_tokens", "forward"),

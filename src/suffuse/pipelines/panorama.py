@@ -84,12 +84,7 @@ class StableDiffusionPanoramaPipeline(StableDiffusionBase):
         return self.finish(made, self.unet.dtype)
 
     def get_views(
-        self,
-        panorama_height: int,
-        panorama_width: int,
-        window_size: int = 64,
-        stride: int = 8,
-        circular_padding: bool = False,
+        self, panorama_height: int, panorama_width: int, window_size: int = 64, stride: int = 8, circular_padding: bool = False
     ) -> list[Window]:
         """Windows (top, bottom, left, right), in latents, that cover a picture of so many pixels."""
         return windows(*self.latent_shape(1, panorama_height, panorama_width)[2:], window_size, stride, circular_padding)

@@ -53,7 +53,7 @@ from suffuse.pipelines.loading import (
     read_index,
 )
 from suffuse.pipelines.placement import PlacedModels
-from suffuse.pipelines.saved_run import RunWriter, SaveSteps
+from suffuse.pipelines.saved_run import RunWriter, SaveBeginning, SaveSteps
 from suffuse.pipelines.single_file import FromSingleFileMixin
 from suffuse.processing.image import VaeImageProcessor
 from suffuse.schedulers.scheduler import SchedulerMixin
@@ -116,15 +116,24 @@ class Run:
         Raises:
             InputError: None is left.
         """
-        kept = min(int(num_inference_steps * strength), num_inference_steps)
-        if kept < 1:
-            raise InputError(
-                f"strength={strength} leaves no step of num_inference_steps={num_inference_steps}",
-                remedy=f"use num_inference_steps={int(np.ceil(1 / strength))} or more",
-            )
+        kept = kept_steps(num_inference_steps, strength)
         skipped = (num_inference_steps - kept) * self.scheduler.order
         self.scheduler.set_begin_index(skipped)
         return self.scheduler.timesteps[skipped:], kept
+
+
+def kept_steps(num_inference_steps: int, strength: float) -> int:
+    """How many steps `strength` leaves.
+
+    Raises:
+        InputError: None.
+    """
+    kept = min(int(num_inference_steps * strength), num_inference_steps)
+    if kept < 1:
+        enough = f"num_inference_steps={int(np.ceil(1 / strength))}" if strength > 0 else "a strength of 1 / num_inference_steps"
+        found = f"strength={strength} leaves no step of num_inference_steps={num_inference_steps}"
+        raise InputError(found, remedy=f"use {enough} or more")
+    return kept
 
 
 def _of_run(*path: str) -> property:
@@ -512,10 +521,13 @@ class DiffusionPipeline(FromSingleFileMixin, PlacedModels, ConfigMixin, PushToHu
             latents, begin = arguments["resume"].restore(scheduler, latents, timesteps, arguments["generator"])
             for name, value in arguments["resume"].guidance.items():
                 setattr(run.guidance, name, value)
-        saved = [SaveSteps(run.writer, scheduler, run.guidance)] if run.writer is not None else []
+        begun, saved = (
+            [save(run.writer, scheduler, run.guidance)] if run.writer is not None else [] for save in (SaveBeginning, SaveSteps)
+        )
         with self.progress_bar(total=num_inference_steps, initial=begin // scheduler.order) as bar:
             told = self.callbacks(run, conditioning, num_inference_steps, bar)
-            acting = [EndWhen(lambda: run.interrupt), CountNoise(arguments["generator"]), *hooks, *watched, *told, *saved]
+            watching = [EndWhen(lambda: run.interrupt), CountNoise(arguments["generator"])]
+            acting = [*begun, *watching, *hooks, *watched, *told, *saved]
             latents = denoise(latents, timesteps, take, acting, begin)
         numbers.check(latents, type(model).__name__)
         return latents

@@ -247,8 +247,8 @@ class RunWriter:
 
 
 @dataclass
-class SaveSteps(SilentHook):
-    """Write the run before the first step, when nothing is lost yet if that fails, and after each."""
+class SaveBeginning(SilentHook):
+    """Write the run before the first step, when nothing is lost yet if that fails; stands before the hooks that act in it."""
 
     writer: RunWriter
     scheduler: SchedulerMixin
@@ -260,6 +260,15 @@ class SaveSteps(SilentHook):
         if not self.begun:
             self.begun = True
             self.writer.write(self.scheduler, self.guidance, step.latents, step.index, step.total)
+
+
+@dataclass
+class SaveSteps(SilentHook):
+    """Write the run after each step; stands after all hooks that act in it."""
+
+    writer: RunWriter
+    scheduler: SchedulerMixin
+    guidance: Any
 
     def after(self, step: Step) -> None:
         """Write what the next step begins with; a disk that is full does not cost the picture."""
@@ -384,6 +393,8 @@ def packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         return {"tuple": packed([*value], name, tensors)}
     if isinstance(value, list):
         return [packed(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
+    if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+        return {"pairs": packed([[*pair] for pair in value.items()], name, tensors)}
     if isinstance(value, dict):
         return {"entries": {key: packed(item, f"{name}.{key}", tensors) for key, item in value.items()}}
     if isinstance(value, Packed):
@@ -413,6 +424,8 @@ def unpacked(told: Any, tensors: Mapping[str, Tensor]) -> Any:
     ((tag, content),) = told.items()
     if tag == "entries":
         return {key: unpacked(item, tensors) for key, item in content.items()}
+    if tag == "pairs":
+        return dict(unpacked(content, tensors))
     if tag == "weighted":
         return Weighted(content)
     if tag == "tuple":

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import XLMRobertaConfig, XLMRobertaModel, XLMRobertaPreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 
 @dataclass
@@ -66,7 +66,7 @@ class RobertaSeriesModelWithTransformation(XLMRobertaPreTrainedModel):
     config_class = RobertaSeriesConfig
     base_model_prefix = "roberta"
     _keys_to_ignore_on_load_unexpected = [r"pooler", r"logit_scale", r"position_ids"]
-    _keys_to_ignore_on_load_missing = [r"position_ids", r"predictions.decoder.bias"]
+    _keys_to_ignore_on_load_missing = [r"pooler"]  # which nothing is computed with
 
     def __init__(self, config: RobertaSeriesConfig) -> None:
         super().__init__(config)
@@ -97,7 +97,8 @@ class RobertaSeriesModelWithTransformation(XLMRobertaPreTrainedModel):
             **further: Handed to XLM-R.
 
         Returns:
-            `projection_state` (batch, tokens, project_dim), `last_hidden_state` (batch, tokens, hidden_size), and what is asked for.
+            `projection_state` (batch, tokens, project_dim), `last_hidden_state` (batch, tokens, hidden_size), and what
+            is asked for.
         """
         further["output_hidden_states"] = output_hidden_states or self.has_pre_transformation
         made = self.roberta(input_ids, attention_mask=attention_mask, return_dict=True, **further)

@@ -176,7 +176,7 @@ class StableDiffusionPipelineSafe(Drawing):
         unsafe = None if unsafe is None else self.image_processor.postprocess(unsafe, arguments["output_type"])
         return self.result(self.image_processor.postprocess(image, arguments["output_type"], shown), flagged, unsafe)
 
-    def run_safety_checker(
+    def run_safety_checker(  # pyright: ignore[reportIncompatibleMethodOverride]: the result has one part more, as in diffusers
         self, image: Tensor, device: torch.device, dtype: torch.dtype, enable_safety_guidance: bool = True
     ) -> tuple[Tensor, list[bool] | None, Tensor | None]:
         """Blank what the safety checker objects to.

@@ -458,7 +458,7 @@ def check_sizes(components: dict[str, Any]) -> None:
     # A Stable Diffusion XL without its first encoder is a refiner, or is told embeddings: what they are shows at the call.
     complete = bool(declared) and len(encoders) == len(declared)
     if unet is not None and complete and unet.encoder_hid_dim is None and isinstance(unet.cross_attention_dim, int):
-        _same(
+        check_same(
             "unet/config.json",
             "cross_attention_dim",
             unet.cross_attention_dim,
@@ -467,7 +467,8 @@ def check_sizes(components: dict[str, Any]) -> None:
             sum(getattr(encoder, "project_dim", encoder.hidden_size) for encoder in encoders.values()),
         )
     if unet is not None and vae is not None:
-        _same("unet/config.json", "out_channels", unet.out_channels, "vae/config.json", "latent_channels", vae.latent_channels)
+        files, channels = ("unet/config.json", "vae/config.json"), (unet.out_channels, vae.latent_channels)
+        check_same(files[0], "out_channels", channels[0], files[1], "latent_channels", channels[1])
     if vae is not None and not 0 < vae.scaling_factor < math.inf:
         raise ConfigError(
             "vae/config.json: scaling_factor must be positive and finite", found=vae.scaling_factor, expected="0.18215, usually"
@@ -508,7 +509,8 @@ def check_channels(components: dict[str, Any], pipeline: type[StableDiffusionBas
         )
 
 
-def _same(file: str, key: str, value: int, other_file: str, other_key: str, other: int) -> None:
+def check_same(file: str, key: str, value: int, other_file: str, other_key: str, other: int) -> None:
+    """Raise `ConfigError` unless two files say the same width."""
     if value != other:
         raise ConfigError(
             f"{file} and {other_file} disagree",

@@ -6,19 +6,14 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from suffuse.diffusion.conditioning import ModelCall
-from suffuse.diffusion.loop import Step
-from suffuse.errors import ConfigError, InputError
-from suffuse.layers.embeddings import get_timestep_embedding
-from suffuse.noise import Generators, Seeds, randn_tensor
+from suffuse.errors import InputError
+from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import check_batch, recipe
 from suffuse.pipelines.image_variation.shown import pixels_of
-from suffuse.pipelines.pipeline import ImagePipelineOutput
 from suffuse.pipelines.saved_run import SavedRun
-from suffuse.pipelines.stable_diffusion.base import StableDiffusionBase
+from suffuse.pipelines.stable_unclip.vectors import FromVectors
 from suffuse.processing.image import ImageInput
 from suffuse.processing.pixels import listed
 
@@ -31,23 +26,13 @@ if TYPE_CHECKING:
     from suffuse.schedulers.scheduler import SchedulerMixin
 
 
-def picture_as_class(call: ModelCall, step: Step) -> None:
-    """Tell the UNet what a picture shows, in the place of a class."""
-    call.kwargs["class_labels"] = call.conditioning.select("image_embeds", call.branches)
-
-
-class StableUnCLIPImg2ImgPipeline(StableDiffusionBase):
+class StableUnCLIPImg2ImgPipeline(FromVectors):
     """Pictures like a picture, with what prompts say."""
 
     model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
-    _optional_components = []
     _exclude_from_cpu_offload = ["image_normalizer"]
-    _scheduler_settings = {}
 
     image_encoder: Any
-    image_normalizer: Any
-    image_noising_scheduler: Any
-    safety_checker = None
 
     def __init__(
         self,
@@ -64,16 +49,11 @@ class StableUnCLIPImg2ImgPipeline(StableDiffusionBase):
         seeing = {"feature_extractor": feature_extractor, "image_encoder": image_encoder, "image_normalizer": image_normalizer}
         told = {"tokenizer": tokenizer, "text_encoder": text_encoder, "image_noising_scheduler": image_noising_scheduler}
         self.set_up(**seeing, **told, unet=unet, scheduler=scheduler, vae=vae)
-        if unet is not None and unet.config.class_embed_type is None:  # pyright: ignore[reportUnnecessaryComparison]
-            raise ConfigError(
-                "unet/config.json: this UNet is not shown pictures", found="class_embed_type=None", expected="'projection'"
-            )
 
     def needed_components(self, arguments: dict[str, Any]) -> list[str]:
-        """Those of Stable Diffusion, what noises the picture's vector, and what sees if there is a picture."""
-        noising = ["image_normalizer", "image_noising_scheduler"]
+        """Those of drawing from vectors, and what sees if there is a picture."""
         seeing = ["image_encoder", *([] if isinstance(arguments["image"], Tensor) else ["feature_extractor"])]
-        return [*super().needed_components(arguments), *noising, *(seeing if arguments["image_embeds"] is None else [])]
+        return [*super().needed_components(arguments), *(seeing if arguments["image_embeds"] is None else [])]
 
     def check_call(self, arguments: dict[str, Any]) -> None:
         """Raise `InputError` unless the arguments go together; no prompt is an empty one, for each of a list of pictures."""
@@ -86,9 +66,6 @@ class StableUnCLIPImg2ImgPipeline(StableDiffusionBase):
         if arguments["prompt"] is None and arguments["prompt_embeds"] is None:
             arguments["prompt"] = [""] * len(image) if isinstance(image, list) else ""
         super().check_call(arguments)
-        level, trained = arguments["noise_level"], self.image_noising_scheduler.config["num_train_timesteps"]
-        if level >= trained:
-            raise InputError(f"noise_level={level} is out of range", expected=f"at most {trained - 1}")
 
     @recipe
     def __call__(
@@ -129,23 +106,8 @@ class StableUnCLIPImg2ImgPipeline(StableDiffusionBase):
             InputError, LimitError: An argument is not what it may be; no generator was used.
             NonFiniteError: The numbers overflowed; says where, and what to do.
         """
-        run = self._run
-        run.guidance = self.guidance_for(guidance_scale)
-        size = self.default_size(height, width)
-        way, steps = self.way()
-        conditioning = self.encode()
-        batch, dtype = conditioning.batch, conditioning.tensors["prompt_embeds"].dtype
-        conditioners = [*self.conditioners(conditioning), picture_as_class]
-        shape = self.latent_shape(batch, *size)
-        self.check_noise(shape)
-
-        # The generator is spent on the picture's vector, then on the latents.
-        seen = self.seen(batch).to(dtype)
-        nothing = torch.zeros_like(seen)
-        branches = [nothing if branch == "uncond" else seen for branch in run.guidance.branches]
-        conditioning.tensors["image_embeds"] = torch.cat(branches)
-        noisy = self.make_noise(shape, dtype) * run.scheduler.init_noise_sigma
-        return self.finish(self.denoise(self.unet, conditioning, noisy, way, steps, conditioners), dtype)
+        self._run.guidance = self.guidance_for(guidance_scale)
+        return self.draw_seen(*self.default_size(height, width), self.seen)
 
     def seen(self, batch: int) -> Tensor:
         """What the UNet is told of the pictures of the call, (batch, 2 · size).
@@ -168,26 +130,3 @@ class StableUnCLIPImg2ImgPipeline(StableDiffusionBase):
             vectors, times = vectors.repeat_interleave(times, dim=0), 1
         told = self.noise_image_embeddings(vectors, given["noise_level"], generator=generator)
         return told.repeat_interleave(times, dim=0)
-
-    def noise_image_embeddings(
-        self, image_embeds: Tensor, noise_level: int, noise: Tensor | None = None, generator: Generators = None
-    ) -> Tensor:
-        """Vectors of pictures at a noise level, with an embedding of it: (batch, size) → (batch, 2 · size).
-
-        Args:
-            image_embeds: As the image encoder makes them.
-            noise_level: In steps of training; more leaves more to invent.
-            noise: Of the shape of `image_embeds`; drawn, if None.
-            generator: What it is drawn from.
-        """
-        if noise is None:
-            noise = randn_tensor(image_embeds.shape, generator, image_embeds.device, image_embeds.dtype)
-        levels = torch.tensor([int(noise_level)] * len(image_embeds), device=image_embeds.device)
-        normal = self.image_noising_scheduler.add_noise(self.image_normalizer.scale(image_embeds), noise, levels)
-        noised = self.image_normalizer.unscale(normal)
-        told = get_timestep_embedding(levels, noised.shape[-1], flip_sin_to_cos=True, downscale_freq_shift=0)
-        return torch.cat((noised, told.to(noised.dtype)), 1)
-
-    def output(self, images: Any, flagged: list[bool] | None) -> Any:
-        """The result of a call, as an output object or a plain tuple."""
-        return ImagePipelineOutput(images) if self._run.arguments["return_dict"] else (images,)

@@ -1,0 +1,153 @@
+"""ParaDiGMS: equal to the peer bit for bit; with no tolerance, what one step after another gives."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import diffusers
+import pytest
+import tiny
+import torch
+from tasks import align, difference, pair, set_scheduler
+
+import suffuse
+from suffuse.errors import SuffuseError
+
+SIZE = {"height": 64, "width": 48}
+SCHEDULERS = ["DDIMParallelScheduler", "DDPMParallelScheduler"]
+
+
+@cache
+def pipes():
+    """(the peer's pipeline, ours) from one folder."""
+    path = Path(mkdtemp(prefix="suffuse-"))
+    parts = tiny.stable_diffusion(path / "tokenizer")
+    parts["scheduler"] = diffusers.DDIMParallelScheduler.from_config(parts["scheduler"].config)
+    diffusers.StableDiffusionParadigmsPipeline(**parts, requires_safety_checker=False).save_pretrained(path / "pipeline")
+    made = tuple(library.StableDiffusionParadigmsPipeline.from_pretrained(path / "pipeline") for library in (diffusers, suffuse))
+    for pipe in made:
+        pipe.set_progress_bar_config(disable=True)
+    align(made[0])
+    return made
+
+
+def draw(pipe, **options):
+    told = {"prompt": "a cat", "num_inference_steps": 8, "parallel": 4, "output_type": "pt", "return_dict": False, **SIZE}
+    return pipe(**{**told, "generator": torch.Generator().manual_seed(7), **options})[0]
+
+
+OPTIONS = {
+    "plain": {},
+    "no guidance": {"guidance_scale": 1.0},
+    "all at once": {"parallel": 20},
+    "one by one": {"parallel": 1},
+    "exact": {"tolerance": 0.0},
+    "rough": {"tolerance": 5.0},
+    "summed on the CPU": {"debug": True},
+    "latents": {"output_type": "latent"},
+}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_pictures_equal_the_peers(name, scheduler):
+    set_scheduler(pipes(), scheduler)
+    assert difference(*(draw(pipe, **OPTIONS[name]) for pipe in pipes())) == 0
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_pictures_of_a_batch_equal_the_peers(scheduler):
+    set_scheduler(pipes(), scheduler)
+    told = {"prompt": ["a cat", "a dog"], "num_images_per_prompt": 2, "negative_prompt": ["rain", "snow"]}
+    assert difference(*(draw(pipe, **told) for pipe in pipes())) == 0
+
+
+def test_large_variances():
+    set_scheduler(pipes(), "DDPMParallelScheduler", variance_type="fixed_large")
+    assert difference(*(draw(pipe) for pipe in pipes())) == 0
+
+
+def test_without_tolerance_it_is_one_step_after_another():
+    set_scheduler(pipes(), "DDIMParallelScheduler", set_alpha_to_one=True)
+    set_scheduler(pair("text"), "DDIMScheduler", set_alpha_to_one=True)
+    plain = pair("text")[1](
+        "a cat", **SIZE, num_inference_steps=8, generator=torch.Generator().manual_seed(7), output_type="pt", return_dict=False
+    )[0]
+    assert difference(draw(pipes()[1], tolerance=0.0), plain) < 1e-4
+
+
+def test_there_are_fewer_rounds_than_steps():
+    set_scheduler(pipes(), "DDIMParallelScheduler")
+    rounds = []
+    draw(pipes()[1], parallel=8, tolerance=5.0, callback=lambda index, timestep, latents: rounds.append((index, int(timestep))))
+    assert 1 <= len(rounds) < 8
+    assert rounds[0] == (0, 876)
+    assert [timestep for _, timestep in rounds] == sorted((timestep for _, timestep in rounds), reverse=True)
+
+
+def test_another_model_takes_wide_windows():
+    set_scheduler(pipes(), "DDIMParallelScheduler")
+    ours, seen = pipes()[1], []
+
+    class Wrapped(torch.nn.Module):
+        def forward(self, sample, **options):
+            seen.append(len(sample))
+            return ours.unet(sample, **options)
+
+    plain = draw(ours)
+    ours.wrapped_unet = Wrapped()
+    try:
+        assert difference(draw(ours), plain) == 0
+    finally:
+        ours.wrapped_unet = None
+    assert seen
+    assert min(seen) == 8
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("noise", [{"seed": 3}, {"generator": torch.Generator().manual_seed(3)}], ids=["seed", "generator"])
+def test_runs_are_kept_and_resumed(tmp_path, noise, scheduler):
+    set_scheduler(pipes(), scheduler)
+    whole = draw(pipes()[1], **{"generator": None, **noise}, save_run=str(tmp_path / "{step}.run"))
+    assert difference(whole, pipes()[1](resume=tmp_path / "2.run")[0]) == 0
+
+
+BAD = {
+    "no steps at once": ({"parallel": 0}, "parallel=0 is out of range"),
+    "a tolerance below none": ({"tolerance": -1.0}, "tolerance=-1.0 is out of range"),
+    "noise in each step": ({"eta": 0.5}, "eta=0.5 is noise that DDIMParallelScheduler does not draw beforehand"),
+    "a text for a flag": ({"debug": "yes"}, "debug has the wrong type"),
+    "a misspelt keyword": ({"paralel": 2}, "did you mean 'parallel'"),
+    "latents of another shape": ({"latents": torch.zeros(1, 4, 8, 8)}, r"\(1, 4, 8, 8\)"),
+    "generators of another number": ({"generator": [torch.Generator()] * 3}, "generator: 3 given for 1 pictures"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_wrong_is_refused_before_anything_is_drawn(name):
+    options, message = BAD[name]
+    set_scheduler(pipes(), "DDIMParallelScheduler")
+    generator = torch.Generator().manual_seed(3)
+    before = generator.get_state()
+    with pytest.raises(SuffuseError, match=message):
+        draw(pipes()[1], **{"generator": generator, **options})
+    assert torch.equal(generator.get_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "options", "message"),
+    [
+        ("DDIMScheduler", {}, r"DDIMScheduler cannot take several steps at once(.|\n)*DDIMParallelScheduler.from_config"),
+        ("EulerDiscreteScheduler", {}, "EulerDiscreteScheduler cannot take"),
+        ("DDPMParallelScheduler", {"variance_type": "fixed_small_log"}, "need a fixed variance(.|\n)*fixed_small_log"),
+    ],
+)
+def test_schedulers_that_do_not_fit_are_refused(scheduler, options, message):
+    set_scheduler(pipes(), scheduler, **options)
+    generator = torch.Generator().manual_seed(3)
+    before = generator.get_state()
+    with pytest.raises(SuffuseError, match=message):
+        draw(pipes()[1], generator=generator)
+    assert torch.equal(generator.get_state(), before)
