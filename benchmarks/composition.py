@@ -1,6 +1,6 @@
 """How long it takes to refuse what cannot work together, with the model that comes along.
 
-    python benchmarks/composition.py [--repeats 20]
+python benchmarks/composition.py [--repeats 20]
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ PAGE = Path(__file__).parent.parent / "docs" / "features.md"
 HEAD = """# Features and pipelines
 
 A feature is a value: pass it to a call and it is there, leave it out and it is not. Features work together unless both write a
-place that only one can write: {exclusive}. A row of `suffuse.pipelines.features.FEATURES` says what each writes; this page is made
-of those rows by `scripts/features.py`, and every pair of features is run by the tests.
+place that only one can write: {exclusive}. A row of `suffuse.pipelines.features.FEATURES` says what each writes; this page is
+made of those rows by `scripts/features.py`, and every pair of features is run by the tests.
 
 | feature | asked for by | with | reads | writes |
 |---|---|---|---|---|

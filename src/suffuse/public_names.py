@@ -130,6 +130,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "suffuse.pipelines.ldm3d": ("StableDiffusionLDM3DPipeline",),
     "suffuse.pipelines.paradigms": ("StableDiffusionParadigmsPipeline",),
     "suffuse.pipelines.legacy_inpaint": ("StableDiffusionInpaintPipelineLegacy",),
+    "suffuse.pipelines.model_editing": ("StableDiffusionModelEditingPipeline",),
     "suffuse.pipelines.safe.stable_diffusion": ("StableDiffusionPipelineSafe",),
     "suffuse.pipelines.attend_and_excite": ("StableDiffusionAttendAndExcitePipeline",),
     "suffuse.pipelines.pix2pix_zero": ("StableDiffusionPix2PixZeroPipeline",),

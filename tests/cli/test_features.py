@@ -130,7 +130,7 @@ WRONG = {
     "no such picture": (["--t2i-adapter", "t2i", "--adapter-image", "x.png"], "--adapter-image: no file x.png"),
     "an IP-Adapter without a picture": (["--ip-adapter", "x.safetensors"], "--ip-adapter is given without --ip-image"),
     "a box without words": (["--box", "=0,0,1,1"], "is not understood"),
-    "a box of three numbers": (["--box", "a dog=0,0,1"], "as in \"a dog=0,0.5,0.4,1\""),
+    "a box of three numbers": (["--box", "a dog=0,0,1"], 'as in "a dog=0,0.5,0.4,1"'),
     "a box for a model that is not told": (["--box", "a dog=0,0,1,1"], "no gated attention"),
     "no such LoRA": (["--lora", "nothing.safetensors:0.3"], "nothing.safetensors"),
 }

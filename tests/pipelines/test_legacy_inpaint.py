@@ -90,7 +90,10 @@ BAD = {
     "no mask": ({"mask_image": None}, "mask_image"),
     "a mask of another aspect": ({"mask_image": mask(64, 32)}, "mask_image has another aspect than image"),
     "masks of another number": ({"mask_image": torch.zeros(3, 1, 64, 64)}, "mask_image: 3 given for 1 pictures"),
-    "predicted noise without guidance": ({"add_predicted_noise": True, "guidance_scale": 1.0}, "needs predictions without a prompt"),
+    "predicted noise without guidance": (
+        {"add_predicted_noise": True, "guidance_scale": 1.0},
+        "needs predictions without a prompt",
+    ),
     "predicted noise of another guidance": (
         {"add_predicted_noise": True, "guidance": ClassifierFreeGuidance(5.0)},
         "guidance=ClassifierFreeGuidance",

@@ -12,14 +12,14 @@ import diffusers
 import pytest
 import tiny
 import torch
-from tasks import align, difference, picture, set_scheduler
+from tasks import align, difference, pair, picture, set_scheduler
 
 import suffuse
 from suffuse.diffusion.windows import windows
-from suffuse.errors import SuffuseError
+from suffuse.errors import InputError, SuffuseError
 
 sys.path.append(str(Path(__file__).parent.parent / "adapters"))
-from image_weights import image_encoder, ip_adapter
+from image_weights import FEATURES, image_encoder, ip_adapter
 
 WINDOWS = {"window_size": 16, "stride": 8}
 SIZE = {"height": 192, "width": 320}  # 24 x 40 latents
@@ -189,3 +189,11 @@ def test_what_is_wrong_is_refused_before_anything_is_drawn(name):
     with pytest.raises(SuffuseError, match=message):
         draw(pipes()[1], **{"generator": generator, **options})
     assert torch.equal(generator.get_state(), before)
+
+
+def test_masks_of_pictures_are_refused():
+    pipe = copy.deepcopy(suffuse.StableDiffusionPanoramaPipeline.from_pipe(pair("text")[1]))
+    pipe.load_ip_adapter(ip_adapter(pair("text")[0].unet), "", "", image_encoder_folder=None)
+    shown = {"ip_adapter_image_embeds": [torch.randn(2, 1, FEATURES)]}
+    with pytest.raises(InputError, match="ip_adapter_masks say where in a picture, and a panorama is seen in windows"):
+        pipe("a cat", cross_attention_kwargs={"ip_adapter_masks": [torch.ones(1, 1, 8, 8)]}, **shown)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import sys
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -10,10 +12,13 @@ import diffusers
 import pytest
 import tiny
 import torch
-from tasks import align, difference, pair, set_scheduler
+from tasks import align, difference, pair, picture, set_scheduler
 
 import suffuse
 from suffuse.errors import SuffuseError
+
+sys.path.append(str(Path(__file__).parent.parent / "adapters"))
+from image_weights import image_encoder, ip_adapter
 
 SIZE = {"height": 64, "width": 48}
 SCHEDULERS = ["DDIMParallelScheduler", "DDPMParallelScheduler"]
@@ -112,6 +117,19 @@ def test_runs_are_kept_and_resumed(tmp_path, noise, scheduler):
     set_scheduler(pipes(), scheduler)
     whole = draw(pipes()[1], **{"generator": None, **noise}, save_run=str(tmp_path / "{step}.run"))
     assert difference(whole, pipes()[1](resume=tmp_path / "2.run")[0]) == 0
+
+
+def test_pictures_to_take_after():
+    set_scheduler(pipes(), "DDIMParallelScheduler")
+    parts = pipes()[1].components | {"unet": copy.deepcopy(pipes()[1].unet), "image_encoder": image_encoder()}
+    plain = suffuse.StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    plain.load_ip_adapter(ip_adapter(plain.unet), "", "")
+    ours = suffuse.StableDiffusionParadigmsPipeline(**pipes()[1].components | {"unet": plain.unet}, requires_safety_checker=False)
+    ours.set_progress_bar_config(disable=True)
+    shown = plain.prepare_ip_adapter_image_embeds(picture(), None, torch.device("cpu"), 1, True)
+    drawn = [draw(ours, ip_adapter_image_embeds=shown, ip_adapter_scale=scale) for scale in (0.0, 0.6)]
+    assert difference(*drawn) > 1e-4
+    assert difference(drawn[0], draw(pipes()[1])) == 0
 
 
 BAD = {

@@ -15,7 +15,7 @@ from tasks import align, difference, picture, set_scheduler
 from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProcessorPil, BlipProcessor
 
 import suffuse
-from suffuse.errors import InputError
+from suffuse.errors import InputError, UnknownArgumentError
 
 
 def caption_processor(folder) -> BlipProcessor:
@@ -234,6 +234,11 @@ def test_inversions_that_cannot_be_are_told(pipes, name):
     options, message = BAD_INVERSIONS[name]
     with pytest.raises(InputError, match=message):
         invert(pipes[1], **options)
+
+
+def test_its_guidance_is_its_own(pipes):
+    with pytest.raises(UnknownArgumentError, match="guidance"):
+        draw(pipes[1], guidance=suffuse.ClassifierFreeGuidance(5.0))
 
 
 def test_what_is_missing_is_told(folder):

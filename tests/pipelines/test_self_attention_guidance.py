@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -81,6 +82,15 @@ def test_it_leaves_nothing_in_the_model():
     draw(ours)
     assert ours.unet.attn_processors == before
     assert not any(module._forward_hooks for module in ours.unet.modules())
+
+
+def test_threads_that_share_a_model_watch_each_their_own():
+    set_scheduler(pipes(), "DDIMScheduler")
+    ours, prompts = pipes()[1], ["a cat", "a dog", "a red fox"]
+    alone = [draw(ours, prompt=prompt) for prompt in prompts]
+    with ThreadPoolExecutor(3) as threads:
+        together = list(threads.map(lambda prompt: draw(ours, prompt=prompt), prompts))
+    assert [difference(*pair) for pair in zip(alone, together, strict=True)] == [0, 0, 0]
 
 
 def test_callbacks_see_what_the_peers_see():

@@ -1,7 +1,7 @@
 """Many steps of one run at once (Shih et al., 2023, "Parallel sampling of diffusion models", algorithm 1).
 
-The way to the picture is guessed, and all its steps are taken from the guess in one call of the model. Their sum is a better guess;
-what no longer changes is settled, and the window of steps moves on.
+The way to the picture is guessed, and all its steps are taken from the guess in one call of the model. Their sum is a better
+guess; what no longer changes is settled, and the window of steps moves on.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def variances(scheduler: Any) -> Tensor:
     beta = 1 - alpha / alpha_before
     small = (1 - alpha_before) / (1 - alpha) * beta
     if kind not in ("fixed_small", "fixed_large"):
-        raise InputError("steps at once need a fixed variance", found=f"variance_type={kind!r}", expected="fixed_small or fixed_large")
+        raise InputError(
+            "steps at once need a fixed variance", found=f"variance_type={kind!r}", expected="fixed_small or fixed_large"
+        )
     return beta if kind == "fixed_large" else small if scheduler._is_ode_scheduler else small.clamp(1e-20)
 
 

@@ -19,7 +19,7 @@ Window = tuple[int, int, int, int]
 
 
 def windows(rows: int, columns: int, size: int, stride: int, circular: bool = False) -> list[Window]:
-    """Windows of `size` by `size` that cover latents, row by row; where those `stride` apart do not reach an edge, one ends at it.
+    """Windows of `size` by `size` that cover latents, row by row; where those `stride` apart leave an edge out, one ends at it.
 
     Args:
         rows: Of the latents.

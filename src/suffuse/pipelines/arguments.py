@@ -539,7 +539,9 @@ ARGUMENTS: dict[str, Argument] = {
     # Many steps at once.
     "parallel": Argument("How many steps are taken at once: more take more memory, and fewer rounds.", whole(1)),
     "tolerance": Argument("How much of the deviation of its noise a step may still change and count as settled.", number(0)),
-    "debug": Argument("Whether sums are taken in float32 on the CPU, where their order is always the same.", is_a(bool, spelled="True or False")),
+    "debug": Argument(
+        "Whether sums are taken in float32 on the CPU, where their order is always the same.", is_a(bool, spelled="True or False")
+    ),
     # Inpainting as it was first done.
     "add_predicted_noise": Argument(
         "Whether the known part gets the noise that is predicted without a prompt, and not that of the beginning.",
@@ -784,7 +786,7 @@ def recipe(call: _Call) -> _Call:
         bound.apply_defaults()
         if begun is not None:
             bound.arguments |= begun.arguments | given | {"resume": begun}
-        arguments = BESIDE | {name: _listed(bound.arguments[name]) for name in names}
+        arguments = {**BESIDE, **{name: _listed(bound.arguments[name]) for name in names}}
         for name, value in arguments.items():
             if name not in values or value is not ARGUMENTS[name].default:
                 ARGUMENTS[name].check(name, value)

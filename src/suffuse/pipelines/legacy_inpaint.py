@@ -110,6 +110,7 @@ class StableDiffusionInpaintPipelineLegacy(StableDiffusionBase):
             return self.unchanged(pictures)
         further = self.further(Frame(*size))
         way, steps = self.way()
+        run.scheduler.begin_index = None  # else solvers by sigma would take the level that a step ends with
         conditioning = self.encode()
         batch, dtype = conditioning.batch, self.unet.dtype
         kept = 1 - painted.to(self._execution_device, dtype)

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from suffuse.adapters.ip_adapter import MASKS
 from suffuse.diffusion.decoders import decode
 from suffuse.diffusion.windows import Window, WindowedStep, windows
+from suffuse.errors import InputError
 from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
 from suffuse.pipelines.features import Pictures
@@ -73,6 +75,8 @@ class StableDiffusionPanoramaPipeline(StableDiffusionBase):
             NonFiniteError: The numbers overflowed; says where, and what to do.
         """
         run = self._run
+        if MASKS in (cross_attention_kwargs or {}):
+            raise InputError(f"{MASKS} say where in a picture, and a panorama is seen in windows", remedy="leave them out")
         run.guidance = self.guidance_for(guidance_scale, guidance_rescale)
         way, steps = self.way()
         conditioning = self.encode()

@@ -1,11 +1,11 @@
-"""Text to image, many steps at once (Shih et al., 2023, "ParaDiGMS"): fewer rounds where a device takes many pictures at a time."""
+"""Text to image, many steps at once (Shih et al., 2023, "ParaDiGMS"): fewer rounds where a device has room for them."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -106,18 +106,16 @@ class StableDiffusionParadigmsPipeline(StableDiffusionBase):
             InputError, LimitError: An argument is not what it may be; no generator was used.
             NonFiniteError: The numbers overflowed; says where, and what to do.
         """
-        run = self._run
+        run, scheduler = self._run, cast(Any, self._run.scheduler)
         run.guidance = state = Settling(guidance_scale)
         way, steps = self.way()
-        variances(run.scheduler)
+        variances(scheduler)  # refused before noise is drawn
         conditioning = self.encode()
         shape = self.latent_shape(conditioning.batch, *self.default_size(height, width))
-        noisy = self.make_noise(shape, self.unet.dtype) * run.scheduler.init_noise_sigma
-        noise = None if run.scheduler._is_ode_scheduler else noise_of_steps(run.scheduler, noisy, generator)
+        noisy = self.make_noise(shape, self.unet.dtype) * scheduler.init_noise_sigma
+        noise = None if scheduler._is_ode_scheduler else noise_of_steps(scheduler, noisy, generator)
         state.way = torch.stack([noisy] * (len(way) + 1))
-        advance = partial(
-            PicardStep, at_once=parallel, tolerance=tolerance, noise=noise, wide=self.wrapped_unet, exact=debug
-        )
+        advance = partial(PicardStep, at_once=parallel, tolerance=tolerance, noise=noise, wide=self.wrapped_unet, exact=debug)
         ended = EndWhen(lambda: state.settled == len(way))
         told = self.conditioners(conditioning)
         made = self.denoise(self.unet, conditioning, noisy, way, steps, told, [ended], advance)

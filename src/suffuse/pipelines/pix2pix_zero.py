@@ -14,7 +14,6 @@ from suffuse.diffusion.advance import GuidedStep, step_options
 from suffuse.diffusion.attention_control import formed
 from suffuse.diffusion.conditioning import Conditioner, Conditioning, Denoiser
 from suffuse.diffusion.decoders import decode_latents
-from suffuse.diffusion.guidance import ClassifierFreeGuidance
 from suffuse.diffusion.hooks import CountNoise
 from suffuse.diffusion.inversion import LikeNoise
 from suffuse.diffusion.loop import denoise
@@ -24,7 +23,7 @@ from suffuse.errors import InputError
 from suffuse.noise import Generators, Seeds
 from suffuse.outputs import BaseOutput
 from suffuse.pipelines.arguments import check_prompts, check_shape, prompt_count, recipe
-from suffuse.pipelines.features import BesidePicture
+from suffuse.pipelines.instruct_pix2pix.editing import BesideInstruction
 from suffuse.pipelines.saved_run import SavedRun
 from suffuse.pipelines.stable_diffusion.base import StableDiffusionBase
 from suffuse.processing.image import Frame, ImageInput
@@ -178,8 +177,15 @@ class StableDiffusionPix2PixZeroPipeline(StableDiffusionBase):
         """
         run = self._run
         run.arguments["num_images_per_prompt"] = 1
-        told = (num_reg_steps, lambda_auto_corr, lambda_kl, num_auto_corr_rolls, generator)
-        run.guidance = LikeNoise(ClassifierFreeGuidance(guidance_scale), self.get_epsilon, *told)
+        run.guidance = LikeNoise(
+            guidance_scale,
+            epsilon=self.get_epsilon,
+            steps=num_reg_steps,
+            correlation=lambda_auto_corr,
+            divergence=lambda_kl,
+            rolls=num_auto_corr_rolls,
+            generator=generator,
+        )
         run.scheduler = self.inverse_scheduler.fork()
         self.inverse_scheduler.follow(run.scheduler)
         pictures = self.image_processor.preprocess(image)
@@ -227,7 +233,7 @@ class StableDiffusionPix2PixZeroPipeline(StableDiffusionBase):
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
-        **values: Unpack[BesidePicture],
+        **values: Unpack[BesideInstruction],
     ) -> Any:
         """Draw what prompts say, and then once more with the one thing made the other; callbacks see the second time.
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from suffuse.diffusion.conditioning import Conditioning
 from suffuse.diffusion.consistency import ConsistencyStep
@@ -39,8 +38,7 @@ class Consistent(Drawing):
         run.set_timesteps(self._execution_device, original_inference_steps=original, strength=strength)
         return run.scheduler.timesteps, len(run.scheduler.timesteps)
 
-    @functools.wraps(Drawing.denoise)
-    def denoise(self, model: Any, conditioning: Conditioning, latents: Tensor, *args: Any, **options: Any) -> Tensor:
+    def denoise(self, model: nn.Module, conditioning: Conditioning, *way: Any, **more: Any) -> Tensor:
         """What the last step thinks the end is."""
-        latents = super().denoise(model, conditioning, latents, *args, advance=ConsistencyStep, **options)
+        latents = super().denoise(model, conditioning, *way, **{"advance": ConsistencyStep, **more})
         return conditioning.tensors.get("denoised", latents)
