@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ import tiny
 import torch
 from factors import adapter as low_rank
 from image_weights import FEATURES, image_encoder, ip_adapter, nested
+from PIL import Image
 from tasks import call, difference, folder, pair, picture, set_scheduler
 from torch import nn
 
@@ -533,3 +535,15 @@ def test_a_pipeline_with_an_image_encoder_goes_through_a_folder(pipe, tmp_path):
     other.set_progress_bar_config(disable=True)
     other.load_ip_adapter(weights(pipe))
     assert difference(call(other, "text", **SHOWN), expected) == 0
+
+
+def test_pictures_are_seen_upright_and_in_eight_bits(pipe):
+    plain = picture(48, 64, seed=9)
+    turned = plain.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90° clockwise
+    file = io.BytesIO()
+    turned.save(file, "PNG", exif=exif)
+    shown = [plain, Image.open(file), np.asarray(plain), np.asarray(plain) / 255.0]
+    seen = [pipe._pixels(each) for each in shown]
+    assert all(torch.equal(seen[0], each) for each in seen[1:])

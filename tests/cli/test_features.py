@@ -165,3 +165,17 @@ def test_a_model_of_another_family_is_what_it_was_saved_as(folder, tmp_path):
     result = CliRunner().invoke(app, [*words, "--guidance", "3"])
     assert result.exit_code == 1
     assert "DDPMPipeline takes no guidance_scale" in result.stderr
+
+
+def test_a_run_goes_on_at_its_own_scale(folder, tmp_path):
+    given = ["--controlnet", folder / "net"]
+    shown = ["--control", folder / "noise.png", "--control-scale", 0.3]
+    assert run(folder, *given, *shown, "--save-run", tmp_path / "at-{step}.safetensors")[0] == 0
+    with Image.open(folder / "out.png") as whole:
+        resumed = ["--resume", tmp_path / "at-1.safetensors", "-o", folder / "again.png", *given]
+        assert CliRunner().invoke(app, ["generate", *map(str, resumed)]).exit_code == 0
+        with Image.open(folder / "again.png") as again:
+            assert np.array_equal(np.asarray(whole), np.asarray(again))
+    refused = CliRunner().invoke(app, ["generate", *map(str, [*resumed, "--control", folder / "red.png"])])
+    assert refused.exit_code == 1
+    assert "--control is that of the run" in refused.stderr

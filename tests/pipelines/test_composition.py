@@ -359,3 +359,43 @@ def test_a_net_for_another_autoencoder_is_refused():
     wrong = suffuse.ControlNetModel.from_unet(ungated(False), conditioning_embedding_out_channels=(8, 16, 24))
     with pytest.raises(ConfigError, match=r"made 4 times smaller, and latents are 2 times smaller"):
         suffuse.StableDiffusionPipeline(**parts(False))("a cat", controlnet=wrong, control_image=picture())
+
+
+WRONG_GUIDANCE = {
+    "not a number": (lambda: ClassifierFreeGuidance(float("nan")), "guidance.scale=nan is out of range"),
+    "too much rescale": (lambda: ClassifierFreeGuidance(7.5, rescale=5.0), "guidance.rescale=5.0 is out of range"),
+    "a text": (lambda: ClassifierFreeGuidance("7"), "guidance combines no predictions"),
+    "a class": (lambda: ClassifierFreeGuidance, "guidance combines no predictions"),
+    "a class inside": (lambda: suffuse.GuidanceInterval(ClassifierFreeGuidance), "guidance combines no predictions"),
+    "a number inside": (lambda: suffuse.GuidanceInterval(ClassifierFreeGuidance(float("inf"))), "guidance.guidance.scale=inf"),
+    "no model": (lambda: suffuse.AutoGuidance(2.0, torch.nn.Linear(2, 2)), "the worse model is no UNet"),
+    "another type": (lambda: suffuse.AutoGuidance(2.0, copy.deepcopy(parts(False)["unet"]).half()), "compute in two types"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_GUIDANCE)
+def test_guidance_that_cannot_be_is_refused(name):
+    make, message = WRONG_GUIDANCE[name]
+    with pytest.raises(InputError, match=message):
+        suffuse.StableDiffusionPipeline(**parts(False))("a cat", guidance=make())
+
+
+def test_guidance_cannot_begin_on_the_way():
+    pipe = suffuse.StableDiffusionPipeline(**parts(False))
+
+    def guide(pipe, index, timestep, tensors):
+        pipe._guidance_scale = 7.0
+
+    with pytest.raises(InputError, match="the run was begun without the branch 'uncond'"):
+        pipe("a cat", guidance_scale=1.0, num_inference_steps=3, callback_on_step_end=guide)
+
+
+def test_words_of_features_are_not_for_callers():
+    with pytest.raises(InputError, match="cross_attention_kwargs: watched is told by features"):
+        suffuse.StableDiffusionPipeline(**parts(False))("a cat", cross_attention_kwargs={"watched": {}})
+
+
+def test_latents_are_painted_at_their_size():
+    pipe = suffuse.StableDiffusionPipeline(**parts(False))
+    given = {"image": noise(False)[..., :16, :16], "mask_image": mask(32, 32), "num_inference_steps": 1}
+    assert pipe("a cat", output_type="latent", **given).images.shape == (1, 4, 16, 16)

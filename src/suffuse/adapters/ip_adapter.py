@@ -36,6 +36,7 @@ from suffuse.models.image_adapter import (
     use_adapters,
 )
 from suffuse.models.lora import LoraFile, load_lora
+from suffuse.processing.pixels import opened, over_white
 
 MASKS = "ip_adapter_masks"
 """The key of masks in `cross_attention_kwargs`."""
@@ -210,19 +211,20 @@ class IPAdapterMixin:
             )
         if isinstance(image, Tensor):
             size = encoder.config.image_size
-            if image.ndim != 4 or tuple(image.shape[1:]) != (3, size, size):
+            if image.ndim != 4 or tuple(image.shape[1:]) != (3, size, size) or not len(image) or not image.is_floating_point():
                 raise InputError(
                     "ip_adapter_image has the wrong shape",
-                    found=tuple(image.shape),
-                    expected=f"(pictures, 3, {size}, {size}), as the feature_extractor makes it; or PIL pictures",
+                    found=f"{tuple(image.shape)} of {image.dtype}",
+                    expected=f"floats (pictures, 3, {size}, {size}), as the feature_extractor makes them; or PIL pictures",
                 )
             return image
         pictures: list[Any] = list(image) if isinstance(image, (list, tuple)) else [image]
         if not pictures or not all(isinstance(picture, (Image.Image, np.ndarray)) for picture in pictures):
             kinds = sorted({type(picture).__name__ for picture in pictures})
             raise InputError("ip_adapter_image holds no pictures", found=", ".join(kinds) or "nothing", expected=KINDS)
+        plain = [_plain(picture) for picture in pictures]
         try:
-            return cast(Any, extractor)(pictures, return_tensors="pt").pixel_values
+            return cast(Any, extractor)(plain, return_tensors="pt").pixel_values
         except (ValueError, TypeError) as error:
             raise InputError("ip_adapter_image holds no pictures", found=str(error), expected=KINDS) from None
 
@@ -306,6 +308,15 @@ def image_prompts(pipe: Any) -> list[Conditioner]:
     return [ShowPictures(adapters, said, scales, _masks_for(masks, said, scales, device))]
 
 
+def _plain(picture: Any) -> Any:
+    """A picture as the processor of an image encoder takes it: upright, in 8-bit RGB; arrays of floats in bytes too."""
+    if isinstance(picture, Image.Image):
+        return over_white(opened(picture, PROMPTED[0]))
+    if picture.dtype.kind == "f" and picture.size and np.isfinite(picture).all() and 0 <= picture.min() <= picture.max() <= 1:
+        return (picture * 255).round().astype(np.uint8)
+    return picture
+
+
 def scales_for(adapters: ImageAdapters, wanted: Any) -> list[Scale]:
     """How much of each adapter: of one for all, or a list.
 
@@ -325,6 +336,8 @@ def scales_for(adapters: ImageAdapters, wanted: Any) -> list[Scale]:
 
 def _masks_for(masks: Any, said: Sequence[Tensor], scales: Sequence[Scale], device: torch.device) -> list[Tensor | None]:
     """Where each adapter counts, checked against what there is."""
+    if masks is not None and (not isinstance(masks, (list, tuple, Tensor)) or (isinstance(masks, Tensor) and masks.ndim < 3)):
+        raise InputError(f"{MASKS} has the wrong type", found=type(masks).__name__, expected="a tensor for each IP-Adapter")
     each: list[Any] = [None] * len(said) if masks is None else list(masks.unsqueeze(1) if isinstance(masks, Tensor) else masks)
     if len(each) != len(said):
         raise InputError(f"{MASKS}: {len(each)} given for {len(said)} IP-Adapters", remedy="pass one for each, or None")
@@ -336,13 +349,15 @@ def _masks_for(masks: Any, said: Sequence[Tensor], scales: Sequence[Scale], devi
                 found=tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__,
                 expected=f"a tensor (1, {pictures}, height, width)",
             )
+        if mask is not None and (mask.is_complex() or not mask.numel() or not bool(((mask >= 0) & (mask <= 1)).all())):
+            raise InputError(f"one of {MASKS} says where with other numbers", found=str(mask.dtype), expected="0 to 1")
         if isinstance(scale, list) and (mask is None or len(scale) != pictures):
             raise InputError(
                 "a scale for each picture of an adapter needs a mask for each",
                 found=f"{len(scale)} scales",
                 expected=f"{pictures}",
             )
-    return [None if mask is None else mask.to(device) for mask in each]
+    return [None if mask is None else mask.to(device, torch.float32 if not mask.is_floating_point() else None) for mask in each]
 
 
 def _loaded(unet: Any) -> ImageAdapters:

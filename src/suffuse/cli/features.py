@@ -138,11 +138,11 @@ def added(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     keywords = boxes(given["box"])
     if given["ip_adapter"]:
         pipe.load_ip_adapter(_one_or_all(given["ip_adapter"]))
-        keywords["ip_adapter_scale"] = _one_or_all(given["ip_scale"] or [1.0] * len(given["ip_adapter"]))
+        keywords |= {"ip_adapter_scale": _one_or_all(given["ip_scale"])} if given["ip_scale"] else {}
     nets = [_model(pipe, suffuse.ControlNetModel, folder) for folder in given["controlnet"] or ()]
     if nets:
-        scales = given["control_scale"] or [1.0] * len(nets)
-        keywords |= {"controlnet": _one_or_all(nets), "controlnet_conditioning_scale": _one_or_all(scales)}
+        scales = given["control_scale"]  # left out, it is that of the run that goes on, or 1
+        keywords |= {"controlnet": _one_or_all(nets)} | ({"controlnet_conditioning_scale": _one_or_all(scales)} if scales else {})
     if given["t2i_adapter"]:
         keywords["adapter"] = _model(pipe, suffuse.T2IAdapter, given["t2i_adapter"])
     return keywords

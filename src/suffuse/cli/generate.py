@@ -33,6 +33,12 @@ SCHEDULERS = {
 }
 """Short name → class: "euler" → EulerDiscreteScheduler."""
 
+OF_THE_RUN = {
+    *("image", "mask", "strength", "steps", "seed", "size", "scheduler", "count"),
+    *("control", "adapter_image", "ip_image", "box"),
+}
+"""Options that a run that goes on has already."""
+
 DTYPES = {name: name for name in ("float32", "bfloat16", "float16", "auto")}
 
 TASKS = {
@@ -274,8 +280,8 @@ def _changes(context: typer.Context) -> dict[str, Any]:
         InputError: One of them cannot change on the way.
     """
     given = {name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")}
-    for name in sorted(given & {"image", "mask", "strength", "steps", "seed", "size", "scheduler", "count"}):
-        raise InputError(f"--{name} is that of the run that --resume goes on with", remedy="leave it out")
+    for name in sorted(given & OF_THE_RUN):
+        raise InputError(f"--{name.replace('_', '-')} is that of the run that --resume goes on with", remedy="leave it out")
     names = {"negative": "negative_prompt", "guidance": "guidance_scale"}
     return {argument: context.params[name] for name, argument in names.items() if name in given}
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from suffuse.diffusion.loop import Step
+from suffuse.errors import InputError
 from suffuse.schedulers.scheduler import SchedulerMixin
 
 UNTOLD = ("uncond", "image")
@@ -26,6 +27,13 @@ def rows(joined: Tensor, layout: tuple[str, ...], branches: tuple[str, ...]) -> 
     if branches == layout:
         return joined
     parts = dict(zip(layout, joined.chunk(len(layout)), strict=True))
+    missing = [branch for branch in branches if branch not in parts]
+    if missing:
+        raise InputError(
+            f"the run was begun without the branch {missing[0]!r}, and is asked for it",
+            found=f"branches {', '.join(layout)}",
+            remedy="begin with a guidance_scale above 1, and lower it until it is wanted",
+        )
     return torch.cat([parts[branch] for branch in branches])
 
 

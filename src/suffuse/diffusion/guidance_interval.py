@@ -43,6 +43,15 @@ class GuidanceInterval:
         self.guidance.scale = scale
 
     @property
+    def rescale(self) -> float:
+        """That of the other; 0 if it has none."""
+        return getattr(self.guidance, "rescale", 0.0)
+
+    @rescale.setter
+    def rescale(self, rescale: float) -> None:
+        self.guidance.rescale = rescale  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
     def branches(self) -> tuple[str, ...]:
         """Those of the other."""
         return self.guidance.branches

@@ -101,11 +101,14 @@ class AutoGuidance:
 
     Attributes:
         scale: How far.
-        worse: A smaller model, or one that was trained for less time, that is called in the same way.
+        worse: A smaller model, or one that was trained for less time, that is called in the same way, where the pipeline
+            computes and in its type. What was loaded onto the model, it has not.
+        rescale: Not for it; 0.
     """
 
     scale: float
     worse: nn.Module
+    rescale: float = 0.0
 
     def __deepcopy__(self, memory: dict[int, Any]) -> AutoGuidance:
         return copy.copy(self)  # a run has a guidance of its own, but models are shared

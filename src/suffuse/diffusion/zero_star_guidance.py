@@ -17,7 +17,8 @@ class ZeroStarGuidance(ClassifierFreeGuidance):
     """The unconditional prediction is scaled to come closest to the conditional one; the first steps stand still.
 
     Attributes:
-        still: How many steps, from the first, in which the prediction is zero (section 4.2).
+        still: How many steps, from the first, in which the prediction is zero (section 4.2). Of a flow that is to stand still;
+            for a model that predicts noise or samples it is another picture, and 0 the choice.
     """
 
     still: int = 1

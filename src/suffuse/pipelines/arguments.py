@@ -193,10 +193,21 @@ def each(check: Check) -> Check:
 
 
 def guides(name: str, value: Any) -> None:
-    """Something that asks for branches and combines their predictions."""
-    if isinstance(value, type) or not callable(value) or not hasattr(value, "branches"):
+    """Something that asks for branches and combines their predictions, with finite numbers, as has what it holds."""
+    try:
+        known = not isinstance(value, type) and callable(value) and isinstance(cast(Any, value).branches, tuple)
+    except (AttributeError, TypeError, ValueError):  # of numbers that are none, or of nothing to ask
+        known = False
+    if not known:
         expected = "a value of suffuse.diffusion.guidance, ClassifierFreeGuidance(7.5) for example"
         raise InputError(f"{name} combines no predictions", found=_shown(value), expected=expected)
+    for key, held in getattr(value, "__dict__", {}).items():
+        if isinstance(held, (int, float)) and not _finite(held):
+            raise InputError(f"{name}.{key}={held} is out of range", expected="a finite number")
+        if key == "rescale":
+            number(0, 1)(f"{name}.{key}", held)
+        if hasattr(held, "branches"):
+            guides(f"{name}.{key}", held)
 
 
 def replayed(name: str, value: Any) -> None:

@@ -16,7 +16,8 @@ from suffuse.diffusion.conditioning import Conditioner
 from suffuse.errors import InputError
 from suffuse.models.controlnet import ControlNetModel, MultiControlNetModel
 from suffuse.models.t2i_adapter import MultiAdapter, T2IAdapter
-from suffuse.pipelines.arguments import ARGUMENTS
+from suffuse.models.unet_2d_condition import UNet2DConditionModel
+from suffuse.pipelines.arguments import ARGUMENTS, check_place
 from suffuse.pipelines.controlnet.controls import controls, one_model
 from suffuse.pipelines.gligen.boxes import check_boxes, grounding
 from suffuse.pipelines.t2i_adapter.adapters import adapter_features, one_adapter
@@ -161,6 +162,18 @@ def _adapters(pipe: Any, frame: Frame) -> Sequence[Conditioner]:
     return [adapter_features(pipe, one_adapter(pipe._run.arguments["adapter"]), "adapter_image", frame)]
 
 
+def _check_worse(pipe: Any, arguments: Mapping[str, Any]) -> None:
+    """Raise `InputError` unless the worse model of a guidance, if it has one, is a UNet like the pipeline's, and beside it."""
+    worse = getattr(arguments["guidance"], "worse", None)
+    if worse is None:
+        return
+    if not isinstance(worse, UNet2DConditionModel) or worse.config.in_channels != pipe.unet.config.in_channels:
+        raise InputError("the worse model is no UNet like the pipeline's", found=type(worse).__name__)
+    check_place("guidance.worse", worse, pipe)
+    if any(arguments.get(name) is not None for name in ("ip_adapter_image", "ip_adapter_image_embeds")):
+        raise InputError("a worse model looks at no pictures, and an IP-Adapter shows some", remedy="leave out one of the two")
+
+
 def _boxes(pipe: Any, frame: Frame) -> Sequence[Conditioner]:
     return [grounding(pipe, pipe._run.arguments["gligen_scheduled_sampling_beta"])]
 
@@ -214,7 +227,7 @@ FEATURES: tuple[Feature, ...] = (
         ready=lambda pipe, arguments: check_boxes(arguments),
         values=_boxes,
     ),
-    Feature("guidance", "guidance", writes=frozenset({"branches"})),
+    Feature("guidance", "guidance", ready=_check_worse, writes=frozenset({"branches"})),
     Feature("LoRA", "load_lora_weights", writes=frozenset({"weights"})),
     Feature("textual inversion", "load_textual_inversion", writes=frozenset({"tokens"})),
     Feature("FreeU", "enable_freeu", writes=frozenset({"skip connections"})),

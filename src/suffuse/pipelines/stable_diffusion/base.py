@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from suffuse.schedulers.scheduler import SchedulerMixin
 
 PROMPTS = ("prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds")
+OF_VALUES = ("image_prompts", "unattended", "skipped", "watched")
+"""What features tell attention, and callers do not."""
 ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 """Text encoder → the tokenizer that goes with it."""
 
@@ -239,6 +241,9 @@ class StableDiffusionBase(LoraLoaderMixin, TextualInversionLoaderMixin, IPAdapte
         run = self._run
         keywords: dict[str, Any] = {}
         options = {name: value for name, value in (run.cross_attention_kwargs or {}).items() if name != MASKS}
+        inner = [name for name in options if name in OF_VALUES]
+        if inner:
+            raise InputError(f"cross_attention_kwargs: {inner[0]} is told by features", remedy="leave it out")
         if options:
             self.unet.check_cross_attention_kwargs(options)
             keywords["cross_attention_kwargs"] = options
@@ -295,6 +300,8 @@ class StableDiffusionBase(LoraLoaderMixin, TextualInversionLoaderMixin, IPAdapte
         image = self._run.arguments[name]
         cut = self.vae_scale_factor if factor is None else factor
         own = edges(next(iter(flattened(image)), image), name)
+        if isinstance(image, Tensor) and image.ndim == 4 and image.is_floating_point() and image.shape[1] == self.latent_channels:
+            own = self.size_of(image)
         rows, columns = (asked or edge - edge % cut for asked, edge in zip((height, width), own, strict=True))
         check_pixels(rows, columns)
         return rows, columns
