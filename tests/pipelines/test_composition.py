@@ -125,6 +125,7 @@ def parts(xl: bool) -> dict:
             if "alpha_" in name:  # gates that let boxes through
                 torch.nn.init.constant_(parameter, 0.7)
         made |= {"safety_checker": None, "requires_safety_checker": False}
+    made["scheduler"] = suffuse.DDIMScheduler.from_config(tiny.scheduler().config)  # whatever other tests left there
     # One of its own: for adapters that are loaded onto it, and no other test sees.
     made |= {"unet": copy.deepcopy(made["unet"]), "image_encoder": image_encoder(), "feature_extractor": tiny.image_processor()}
     return made
