@@ -52,6 +52,11 @@ class Control:
         steps = len(self.scheduler.timesteps) - (self.scheduler.begin_index or 0)
         return self.scale != 0 and step.index / steps >= self.start and (step.index + 1) / steps <= self.end
 
+    def shown(self, branches: tuple[str, ...], count: int) -> Tensor:
+        """The pictures, once for each of `count` rows of these branches."""
+        # One picture is shown as often as there are rows: alone in a batch, it would be embedded to other last bits.
+        return self.pictures.expand(count, -1, -1, -1) if len(self.pictures) == 1 else per_branch(self.pictures, branches)
+
     def __call__(self, call: ModelCall, step: Step) -> None:
         """Ask the net for the branches it has a say in, and add what it says to what others said."""
         asked = tuple(branch for branch in call.branches if not (self.guess and branch == "uncond"))
@@ -59,13 +64,11 @@ class Control:
             return
         told = call.kwargs.get("added_cond_kwargs") or {}
         sample = rows(call.sample, call.branches, asked)
-        # One picture is shown as often as there are rows: alone in a batch, it would be embedded to other last bits.
-        pictures = self.pictures.expand(len(sample), -1, -1, -1) if len(self.pictures) == 1 else per_branch(self.pictures, asked)
         down, middle = self.net(
             sample,
             call.timestep,
             encoder_hidden_states=rows(call.kwargs["encoder_hidden_states"], call.branches, asked),
-            controlnet_cond=pictures,
+            controlnet_cond=self.shown(asked, len(sample)),
             conditioning_scale=self.scale,
             added_cond_kwargs={name: rows(told[name], call.branches, asked) for name in TOLD if name in told},
             guess_mode=self.guess,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from suffuse.diffusion.conditioning import ModelCall, per_branch
+from suffuse.diffusion.conditioning import ModelCall
 from suffuse.diffusion.control import Control
 from suffuse.diffusion.loop import Step
 
@@ -15,7 +15,5 @@ class ControlSide(Control):
 
     def __call__(self, call: ModelCall, step: Step) -> None:
         """Hand pictures and scale over."""
-        alone = len(self.pictures) == 1
-        # One picture is shown as often as there are rows: alone in a batch, it would be embedded to other last bits.
-        shown = self.pictures.expand(len(call.sample), -1, -1, -1) if alone else per_branch(self.pictures, call.branches)
+        shown = self.shown(call.branches, len(call.sample))
         call.kwargs |= {"controlnet_cond": shown, "conditioning_scale": self.scale, "apply_control": self.acts(step)}

@@ -149,10 +149,6 @@ class Feature:
         """Whether the arguments of a call ask for it."""
         return arguments.get(self.asked_by) is not None and arguments.get(self.unless) is None
 
-    def is_offered(self, pipeline: type[Any], keywords: Mapping[str, Any]) -> bool:
-        """Whether a pipeline with these keywords has it."""
-        return self.asked_by in keywords or hasattr(pipeline, self.asked_by)
-
 
 def _controls(pipe: Any, frame: Frame) -> Sequence[Conditioner]:
     return controls(pipe, one_model(pipe._run.arguments["controlnet"]), "control_image", frame)
