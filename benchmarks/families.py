@@ -9,6 +9,7 @@ the test extra, and diffusers, which it compares with.
 from __future__ import annotations
 
 import argparse
+import inspect
 import statistics
 import sys
 import tempfile
@@ -36,18 +37,61 @@ WIDE = {
     "layers_per_block": 2,
     "norm_num_groups": 16,
 }
+LARGE = {"block_out_channels": (64, 128, 256), "down_block_types": ("DownBlock2D",) + ("AttnDownBlock2D",) * 2}
+LARGE |= {"up_block_types": ("AttnUpBlock2D",) * 2 + ("UpBlock2D",), "layers_per_block": 2}
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8))
+
+
+Parts = dict[str, Any]
+
+
+def stable_diffusion(folder: Path, wide: bool, unet: Parts) -> Parts:
+    """Components of Stable Diffusion."""
+    parts = tiny.stable_diffusion(folder / "tokenizer")
+    # Windows of panoramas are counted in latents of eight pixels.
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    parts["vae"] = diffusers.AutoencoderKL(block_out_channels=[8] * 4, norm_num_groups=8, **blocks)
+    parts["unet"] = tiny.unet(**{**(WIDE if wide else {}), **unet})
+    return parts
+
+
+def with_inverse(folder: Path, wide: bool, unet: Parts) -> Parts:
+    """With a scheduler that goes from pictures to noise, too."""
+    return stable_diffusion(folder, wide, unet) | {"inverse_scheduler": diffusers.DDIMInverseScheduler(**BETAS)}
+
+
+def with_low_resolution(folder: Path, wide: bool, unet: Parts) -> Parts:
+    """With a scheduler that puts noise onto small pictures, too."""
+    return stable_diffusion(folder, wide, unet) | {"low_res_scheduler": diffusers.DDPMScheduler()}
+
+
+def pixels(folder: Path, wide: bool, unet: Parts) -> Parts:
+    """A UNet alone."""
+    return {"unet": tiny.unconditional_unet(**{**(LARGE if wide else {}), **unet})}
+
+
+def quantized(folder: Path, wide: bool, unet: Parts) -> Parts:
+    """A UNet and an autoencoder that quantizes."""
+    return {"vqvae": tiny.vq_model(), **pixels(folder, wide, unet)}
+
+
+def classes(folder: Path, wide: bool, unet: Parts) -> Parts:
+    """A transformer of classes."""
+    large = {"num_attention_heads": 6, "attention_head_dim": 64, "num_layers": 6, "sample_size": 32}
+    return {"transformer": tiny.transformer(out_channels=8, **(large if wide else {})), "vae": tiny.vae()}
 
 
 @dataclass(frozen=True)
 class Family:
-    """A class, and what is to be said to it."""
+    """A class, what it is made of, and what is to be said to it."""
 
     pipeline: str
     call: dict[str, Any] = field(default_factory=dict)
     unet: dict[str, Any] = field(default_factory=dict)
     scheduler: str = "DDIMScheduler"
     pictured: bool = False
+    parts: Callable[[Path, bool, Parts], Parts] = stable_diffusion
     run: Callable[..., Any] = lambda pipe, **call: pipe(**call)
 
 
@@ -58,6 +102,16 @@ def edited(pipe: Any, **call: Any) -> Any:
     mask = pipe.generate_mask(image=image, source_prompt="a cat", target_prompt="a dog", num_maps_per_mask=2, **common)
     inverted = pipe.invert(image=image, prompt="a cat", **common).latents
     return pipe(mask_image=mask, image_latents=inverted, generator=seeded, **call)
+
+
+def unprompted(pipe: Any, **call: Any) -> Any:
+    """Pictures of nothing in particular."""
+    return pipe(generator=call["generator"], num_inference_steps=call["num_inference_steps"], output_type="np")
+
+
+def classified(pipe: Any, **call: Any) -> Any:
+    """Pictures of classes."""
+    return pipe([1, 2], generator=call["generator"], num_inference_steps=call["num_inference_steps"], output_type="np")
 
 
 FAMILIES = {
@@ -74,28 +128,44 @@ FAMILIES = {
         "StableDiffusionAttendAndExcitePipeline", {"token_indices": [2], "max_iter_to_alter": 4, "thresholds": {}}
     ),
     "panorama": Family("StableDiffusionPanoramaPipeline", {"height": 512, "width": 576, "view_batch_size": 2}),
-    "DiffEdit": Family("StableDiffusionDiffEditPipeline", pictured=True, run=edited),
+    "DiffEdit": Family("StableDiffusionDiffEditPipeline", pictured=True, parts=with_inverse, run=edited),
+    "CycleDiffusion": Family("CycleDiffusionPipeline", {"source_prompt": "a cat", "strength": 1.0}, pictured=True),
+    "ParaDiGMS": Family("StableDiffusionParadigmsPipeline", {"parallel": 4}, scheduler="DDIMParallelScheduler"),
+    "legacy inpainting": Family("StableDiffusionInpaintPipelineLegacy", {"mask_image": PICTURE}, pictured=True),
+    "model editing": Family("StableDiffusionModelEditingPipeline"),
+    "upscaling by four": Family(
+        "StableDiffusionUpscalePipeline",
+        {"image": PICTURE.resize((64, 64))},
+        unet={"in_channels": 7, "num_class_embeds": 1000},
+        pictured=True,
+        parts=with_low_resolution,
+    ),
     "boxes": Family(
         "StableDiffusionGLIGENPipeline",
         {"gligen_boxes": [[0.1, 0.1, 0.6, 0.7]], "gligen_phrases": ["a dog"], "gligen_scheduled_sampling_beta": 1.0},
         unet={"attention_type": "gated"},
     ),
+    "DDPM": Family("DDPMPipeline", scheduler="DDPMScheduler", parts=pixels, run=unprompted),
+    "DDIM": Family("DDIMPipeline", parts=pixels, run=unprompted),
+    "PNDM": Family("PNDMPipeline", scheduler="PNDMScheduler", parts=pixels, run=unprompted),
+    "consistency models": Family(
+        "ConsistencyModelPipeline", scheduler="CMStochasticIterativeScheduler", parts=pixels, run=unprompted
+    ),
+    "unconditional latents": Family("LDMPipeline", parts=quantized, run=unprompted),
+    "DiT": Family("DiTPipeline", parts=classes, run=classified),
 }
 
 
 def pipelines(family: Family, options: argparse.Namespace, folder: Path) -> list[Any]:
     """The peer's pipeline and ours, of one checkpoint."""
-    parts = tiny.stable_diffusion(folder / "tokenizer")
-    # Windows of panoramas are counted in latents of eight pixels.
-    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
-    parts["vae"] = diffusers.AutoencoderKL(block_out_channels=[8] * 4, norm_num_groups=8, **blocks)
-    parts["unet"] = tiny.unet(**{**(WIDE if options.wide else {}), **family.unet})
-    parts["scheduler"] = getattr(diffusers, family.scheduler)(beta_start=0.00085, beta_end=0.012, steps_offset=1)
-    if "DiffEdit" in family.pipeline:
-        parts["inverse_scheduler"] = diffusers.DDIMInverseScheduler(beta_start=0.00085, beta_end=0.012, steps_offset=1)
-    getattr(diffusers, family.pipeline)(**parts, requires_safety_checker=False).save_pretrained(folder / "pipeline")
-    without = {"safety_checker": None, "requires_safety_checker": False}
-    made = [getattr(library, family.pipeline).from_pretrained(folder / "pipeline", **without) for library in (diffusers, suffuse)]
+    parts, scheduler = family.parts(folder, options.wide, family.unet), getattr(diffusers, family.scheduler)
+    known = inspect.signature(scheduler).parameters
+    parts["scheduler"] = scheduler(**{name: value for name, value in BETAS.items() if name in known})
+    known = inspect.signature(getattr(diffusers, family.pipeline)).parameters
+    unchecked = {"requires_safety_checker": False, "safety_checker": None, "image_encoder": None}
+    parts |= {name: value for name, value in unchecked.items() if name in known}
+    getattr(diffusers, family.pipeline)(**parts).save_pretrained(folder / "pipeline")
+    made = [getattr(library, family.pipeline).from_pretrained(folder / "pipeline") for library in (diffusers, suffuse)]
     for pipe in made:
         pipe.set_progress_bar_config(disable=True)
     return made

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
+import shlex
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import tiny
 from PIL import Image, ImageDraw
@@ -27,8 +30,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture
@@ -79,6 +82,27 @@ def test_its_python_runs(workplace: Path, capsys: pytest.CaptureFixture[str]) ->
     message = re.sub(r"\s+", " ", capsys.readouterr().out)
     for told in re.findall(r"# (.+?) … (.+)", README)[0]:
         assert told in message
+
+
+def test_the_page_of_guidance_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text, namespace = (ROOT / "docs" / "guidance.md").read_text(encoding="utf-8"), dict[str, object]()
+    for number, block in enumerate(blocks("python", text), start=1):
+        exec(compile(block, f"guidance.md, python block {number}", "exec"), namespace)
+    shown, told = runpy.run_path(str(ROOT / "examples" / "guidance_sheet.py")), dict[str, object]()
+    for name, value in re.findall(r"guidance/([\w-]+)\.png.*\| `([^`]+)` \|$", text, re.MULTILINE):
+        classes = {each: getattr(suffuse, each) for each in re.findall(r"\b[A-Z]\w+(?=\()", value)}
+        told[name] = eval(value, classes)
+    assert told == shown["WAYS"]
+    strip = shown["draw"]("none")
+    with Image.open(ROOT / "docs" / "guidance" / "none.png") as drawn:
+        assert np.abs(np.asarray(strip).astype(int) - np.asarray(drawn)).max() <= 2
+    commands = blocks("bash", text)[0].splitlines()
+    for command in commands:
+        result = subprocess.run(
+            [Path(sys.executable).with_name("suffuse"), *shlex.split(command)[1:]], capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stderr
 
 
 def test_its_first_command_runs(workplace: Path) -> None:

@@ -30,6 +30,7 @@ from suffuse.errors import (
     NonFiniteError,
     UnknownArgumentError,
     UnsafePickleError,
+    WeightsMismatchError,
 )
 from suffuse.layers.attention_processors import AttnProcessor
 from suffuse.models.image_adapter import image_adapters_of
@@ -417,6 +418,40 @@ def test_scales_that_are_none_are_refused(pipe, scale):
     with pytest.raises(AdapterError):
         pipe.set_ip_adapter_scale(scale)
     assert image_adapters_of(pipe.unet).scales == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"ip_adapter_scale": [1.0, 2.0]}, "one scale for each IP-Adapter"),
+        ({"ip_adapter_scale": "much"}, "is no number"),
+        ({"ip_adapter_scale": [[0.2, 0.4]]}, "a scale for each picture of an adapter needs a mask for each"),
+        ({"ip_adapter_image": [picture(), picture()]}, "ip_adapter_image: 2 given for 1 IP-Adapter"),
+        ({"ip_adapter_image": None, "ip_adapter_image_embeds": [torch.zeros(2, 1, 40)]}, "does not fit the IP-Adapter"),
+        ({"ip_adapter_image": None, "ip_adapter_image_embeds": [torch.full((2, 1, FEATURES), torch.nan)]}, "finite numbers"),
+        ({"cross_attention_kwargs": {"ip_adapter_masks": [torch.ones(1, 2, 8, 8)]}}, "one of ip_adapter_masks does not fit"),
+    ],
+    ids=lambda value: ", ".join(value) if isinstance(value, dict) else "",
+)
+def test_what_does_not_fit_is_refused_before_prompts_are_read(pipe, monkeypatch, told, message):
+    pipe.load_ip_adapter(weights(pipe))
+    monkeypatch.setattr(type(pipe), "encode_prompt", lambda *_, **__: pytest.fail("a prompt was read"))
+    with pytest.raises((InputError, AdapterError), match=message):
+        call(pipe, "text", **{**SHOWN, **told})
+
+
+@pytest.mark.parametrize("source", [None, 3, [None], [{}, None]], ids=str)
+def test_what_is_no_source_is_refused(pipe, source):
+    with pytest.raises(InputError, match=r"nothing to load an IP-Adapter from(.|\n)*expected: a file, a folder"):
+        pipe.load_ip_adapter(source)
+
+
+def test_whole_numbers_are_no_weights(pipe):
+    tensors = weights(pipe)
+    tensors["image_proj.proj.weight"] = tensors["image_proj.proj.weight"].to(torch.int8)
+    with pytest.raises(WeightsMismatchError, match=r"image_proj.proj.weight is no weight(.|\n)*int8(.|\n)*floating point"):
+        pipe.load_ip_adapter(tensors)
+    assert image_adapters_of(pipe.unet) is None
 
 
 # ---------------------------------------------------------------- files that are refused

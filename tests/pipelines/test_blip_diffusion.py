@@ -189,6 +189,18 @@ def test_pictures_become_what_the_peers_processor_makes(size):
     assert difference(BlipImageProcessor(size=edges).pixels(image, "image"), wanted) == 0
 
 
+@pytest.mark.parametrize("size", [(224, 224), (50, 70)], ids=str)
+def test_pictures_of_every_kind_are_the_same(size):
+    image, processor = picture(90, 61, seed=4), BlipImageProcessor(size={"height": size[0], "width": size[1]})
+    array = np.asarray(image)
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    kinds = [array, array / 255, tensor, tensor / 255, tensor[None] / 127.5 - 1, np.stack([array]), [tensor / 255]]
+    for kind in kinds:
+        assert difference(processor.pixels(kind, "image"), processor.pixels(image, "image")) == 0
+    both = processor.pixels([array, array[:40]], "image")
+    assert difference(both[:1], processor.pixels(image, "image")) == 0
+
+
 # ---------------------------------------------------------------- pipelines
 
 
@@ -281,7 +293,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "subjects of other prompts": ({"source_subject_category": ["cat", "dog"]}, "source_subject_category is missing, or not one"),
     "no target": ({"target_subject_category": None}, "target_subject_category is missing, or not one"),
     "no picture": ({"reference_image": None}, "reference_image"),
-    "a tensor": ({"reference_image": torch.rand(3, 32, 32)}, "reference_image must be PIL pictures"),
+    "a tensor of other numbers": ({"reference_image": 3 * torch.rand(3, 32, 32)}, "reference_image is out of range"),
     "pictures of other prompts": ({"reference_image": [picture()] * 3}, "3 pictures for 1 subjects"),
     "never said": ({"prompt_reps": 0}, "prompt_reps=0 is out of range"),
     "a list of negatives": ({"neg_prompt": ["a"]}, "neg_prompt has the wrong type"),

@@ -78,7 +78,7 @@ SEVERAL: dict[str, dict[str, Any]] = {
         "control_guidance_end": [0.5, 0.9],
         "num_inference_steps": 6,
     },
-    "one ends early": {"control_guidance_end": [0.3, 1.0], "num_inference_steps": 5, "guess_mode": True},
+    "one ends early": {"control_guidance_end": [0.3, 1.0], "num_inference_steps": 6, "guess_mode": True},
     "two prompts": {"prompt": ["a cat", "a dog!"], "num_images_per_prompt": 2},
 }
 

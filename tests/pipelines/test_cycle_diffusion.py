@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -13,8 +14,10 @@ import pytest
 import tiny
 import torch
 from tasks import align, difference, picture, set_scheduler
+from values import GUIDANCE, adapted, controlled
 
 import suffuse
+from suffuse.diffusion.guidance import ClassifierFreeGuidance
 from suffuse.errors import SuffuseError
 
 sys.path.append(str(Path(__file__).parent.parent / "adapters"))
@@ -125,6 +128,120 @@ def test_pictures_to_take_after():
     assert difference(*drawn) > 1e-4
     assert difference(drawn[0], draw(pipes()[1])) == 0
 
+
+# ---------------------------------------------------------------- what is shown to source and target
+
+SHOWN = {
+    "ControlNet": lambda pipe: controlled(pipe),
+    "guessing, in a part of the way": lambda pipe: controlled(pipe, guess_mode=True, control_guidance_end=0.6),
+    "T2I-Adapter": lambda pipe: adapted(pipe),
+}
+EQUAL = {"prompt": "a horse", "guidance_scale": 2.0, "source_guidance_scale": 2.0, "eta": 0.5, "output_type": "latent"}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_what_is_shown_counts(name):
+    set_scheduler(pipes(), "DDIMScheduler")
+    assert difference(draw(pipes()[1], **SHOWN[name](pipes()[1])), draw(pipes()[1])) > 1e-4
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_source_and_target_are_shown_the_same(name):
+    # Else equal prompts would not give the picture back.
+    set_scheduler(pipes(), "DDIMScheduler")
+    clean = pipes()[1].vae.encode(pipes()[1].image_processor.preprocess(picture())).latent_dist
+    back = draw(pipes()[1], **EQUAL, **SHOWN[name](pipes()[1]))
+    expected = clean.sample(torch.Generator().manual_seed(7)) * pipes()[1].vae.config.scaling_factor
+    assert difference(back, expected) < 1e-4
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_each_picture_of_a_batch_is_shown_its_own(name):
+    set_scheduler(pipes(), "DDIMScheduler")
+    told = SHOWN[name](pipes()[1])
+    shown = "adapter_image" if "adapter_image" in told else "control_image"
+    given = {"generator": None, "seed": [3, 4], "image": [picture(), picture(seed=2)]}
+    pictures = [picture(seed=5), picture(seed=6)]
+    both = draw(pipes()[1], **given, prompt=["a cat", "a dog"], source_prompt=["a lion", "a wolf"], **told | {shown: pictures})
+    alone = {"generator": None, "seed": 4, "image": picture(seed=2), "prompt": "a dog", "source_prompt": "a wolf"}
+    assert difference(both[1:], draw(pipes()[1], **alone, **told | {shown: pictures[1]})) < 1e-4
+    assert difference(both[1:], draw(pipes()[1], **alone, **told | {shown: pictures[0]})) > 1e-3
+
+
+def test_a_net_without_weight_changes_nothing():
+    set_scheduler(pipes(), "DDIMScheduler")
+    told = controlled(pipes()[1], controlnet_conditioning_scale=0.0)
+    assert difference(draw(pipes()[1], **told), draw(pipes()[1])) == 0
+
+
+@cache
+def grounded():
+    """A pipeline whose UNet takes boxes."""
+    gated = suffuse.UNet2DConditionModel.from_config(pipes()[1].unet.config, attention_type="gated").eval()
+    gated.load_state_dict(pipes()[1].unet.state_dict(), strict=False)
+    torch.manual_seed(8)
+    for name, parameter in gated.named_parameters():
+        if "alpha_" in name:  # gates that let boxes through
+            torch.nn.init.constant_(parameter, 0.7)
+    parts = pipes()[1].components | {"unet": gated, "scheduler": suffuse.DDIMScheduler.from_config(tiny.scheduler().config)}
+    made = suffuse.CycleDiffusionPipeline(**parts, requires_safety_checker=False)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+BOXES = {"gligen_phrases": ["a dog"], "gligen_boxes": [[0.1, 0.1, 0.6, 0.7]], "gligen_scheduled_sampling_beta": 1.0}
+
+
+def test_boxes_say_what_stands_where():
+    assert difference(draw(grounded(), **BOXES), draw(grounded())) > 1e-5
+
+
+# ---------------------------------------------------------------- guidance of the target
+
+
+def test_a_guidance_scale_is_a_guidance():
+    set_scheduler(pipes(), "DDIMScheduler")
+    told = {"source_guidance_scale": 2.0}
+    assert difference(draw(pipes()[1], guidance=ClassifierFreeGuidance(7.5), **told), draw(pipes()[1], **told)) == 0
+
+
+@pytest.mark.parametrize("name", GUIDANCE)
+def test_the_target_is_guided_otherwise(name):
+    set_scheduler(pipes(), "DDIMScheduler")
+    guidance = GUIDANCE[name](pipes()[1])
+    drawn = draw(pipes()[1], guidance=guidance)
+    assert difference(drawn, draw(pipes()[1], guidance_scale=6.0)) > 1e-5
+    both = {"generator": None, "seed": [3, 4], "image": [picture(), picture(seed=2)]}
+    both |= {"prompt": ["a cat", "a dog"], "source_prompt": ["a lion", "a wolf"]}
+    alone = {"generator": None, "seed": 4, "image": picture(seed=2), "prompt": "a dog", "source_prompt": "a wolf"}
+    together = draw(pipes()[1], guidance=guidance, **both)
+    assert difference(together[1:], draw(pipes()[1], guidance=guidance, **alone)) < 1e-4
+
+
+class Anew(ClassifierFreeGuidance):
+    """Asks for the target alone."""
+
+    def __call__(self, denoiser, step):
+        return super().__call__(replace(denoiser), step)
+
+
+def test_the_target_alone_is_told_and_shown_what_it_is_told_beside_the_source():
+    told = controlled(pipes()[1], guess_mode=True) | adapted(pipes()[1]) | BOXES
+    told |= {"prompt": ["a cat", "a dog"], "source_prompt": ["a lion", "a wolf"], "image": [picture(), picture(seed=2)]}
+    told["control_image"] = [picture(seed=3), picture(seed=4)]
+    once, anew = (draw(grounded(), guidance=kind(5.0), **told) for kind in (ClassifierFreeGuidance, Anew))
+    assert difference(once, anew) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["with momentum", "in an interval", "towards a concept"])
+def test_what_guidance_remembers_is_kept_and_resumed(tmp_path, name):
+    set_scheduler(pipes(), "DDIMScheduler")
+    guidance = GUIDANCE[name](pipes()[1])
+    whole = draw(pipes()[1], guidance=guidance, generator=None, seed=3, save_run=str(tmp_path / "{step}.run"))
+    assert difference(whole, pipes()[1](resume=tmp_path / "2.run", guidance=guidance)[0]) == 0
+
+
+# ---------------------------------------------------------------- what is wrong
 
 BAD = {
     "no source": ({"source_prompt": None}, "source_prompt is missing"),

@@ -393,12 +393,17 @@ def test_is_told_and_draws_nothing(name):
     assert torch.equal(generator.get_state(), state)
 
 
-def test_a_unet_without_gates_is_refused():
+@pytest.mark.parametrize("name", ["StableDiffusionGLIGENPipeline", "StableDiffusionPipeline"])
+def test_a_unet_without_gates_is_refused(name):
     ours = pair("phrases")[1]
     other = suffuse.UNet2DConditionModel.from_config(tiny.unet().config)
-    with pytest.raises(InputError, match="no gated attention"):
-        call(type(ours)(**ours.components | {"unet": other}, requires_safety_checker=False))
+    message = r"gligen_boxes: this UNet was not trained for boxes(.|\n)*no gated attention(.|\n)*attention_type=\"gated\""
+    with pytest.raises(InputError, match=message):
+        call(getattr(suffuse, name)(**ours.components | {"unet": other}, requires_safety_checker=False))
 
+
+def test_a_unet_that_is_told_phrases_is_shown_no_pictures():
+    ours = pair("phrases")[1]
     swapped = type(pair("pictures")[1])(**pair("pictures")[1].components | {"unet": ours.unet}, requires_safety_checker=False)
     with pytest.raises(InputError, match="told phrases alone"):
         call(swapped, **SHOWN)
@@ -435,3 +440,10 @@ def test_a_controlnet_comes_along():
     control = {"controlnet": net, "control_image": picture(64, 48, seed=3)}
     assert difference(call(ours), call(ours, **control, controlnet_conditioning_scale=0.0)) == 0
     assert difference(call(ours), call(ours, **control)) > 0
+
+
+@pytest.mark.parametrize("phrases", [[None, None], ["a cat", None]])
+def test_phrases_that_are_none_are_refused_wherever_boxes_are_values(phrases):
+    plain = suffuse.StableDiffusionPipeline.from_pipe(pair("phrases")[1], image_encoder=None)
+    with pytest.raises(InputError, match=r"gligen_phrases: this UNet is told phrases alone(.|\n)*a text for each box"):
+        call(plain, gligen_phrases=phrases)

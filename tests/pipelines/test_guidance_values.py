@@ -17,6 +17,9 @@ from suffuse.diffusion.guidance import ClassifierFreeGuidance
 from suffuse.diffusion.guidance_interval import GuidanceInterval
 from suffuse.diffusion.loop import Step
 from suffuse.diffusion.projected_guidance import AdaptiveProjectedGuidance, TangentialGuidance
+from suffuse.diffusion.safe_guidance import SafeGuidance
+from suffuse.diffusion.self_attention_guidance import SelfAttentionGuidance
+from suffuse.diffusion.semantic_guidance import Concept, SemanticGuidance
 from suffuse.diffusion.worse_guidance import AutoGuidance, Skipped, Unattended, WorseGuidance
 from suffuse.diffusion.zero_star_guidance import ZeroStarGuidance
 from suffuse.errors import InputError
@@ -183,7 +186,7 @@ def test_guided_by_a_worse_model():
     with torch.no_grad():
         worse.conv_out.weight.mul_(0.5)
     guidance = AutoGuidance(2.0, worse)
-    assert copy.deepcopy(guidance).worse is worse
+    assert guidance.fork().worse is worse
     made = call(pipe, "text", guidance=guidance, **QUICK)
     plain = call(pipe, "text", guidance_scale=1.0, **QUICK)
     assert difference(made, plain) > 0.01
@@ -200,6 +203,10 @@ VALUES = {
     "interval": GuidanceInterval(ClassifierFreeGuidance(6.0), 0.4, 0.8),
     "unattended": WorseGuidance(6.0),
     "skipped": GuidanceInterval(WorseGuidance(6.0, worsening=Skipped(["up_blocks.0"])), 0.0, 0.5),
+    "self-attention": SelfAttentionGuidance(6.0, sag_scale=0.9),
+    "semantic": SemanticGuidance(6.0, [Concept("a hat", warmup=0), Concept("snow", warmup=1, reverse=True)]),
+    "safe": SafeGuidance(6.0, "harm", warmup=1),
+    "semantic, in part": GuidanceInterval(SemanticGuidance(6.0, [Concept(["a hat"], warmup=0)]), 0.0, 0.7),
 }
 
 
@@ -213,3 +220,97 @@ def test_every_pipeline_takes_every_value_and_keeps_none(task, value):
     assert difference(first, second) == 0
     assert difference(first, plain) > 1e-4
     assert difference(call(pipe, task, guidance_scale=6.0, **QUICK), plain) == 0
+
+
+EDITS = {"editing_prompt": ["a hat", "snow"], "edit_warmup_steps": [0, 1], "reverse_editing_direction": [False, True]}
+OWN_CLASS = {
+    "self-attention": (suffuse.StableDiffusionSAGPipeline, {"sag_scale": 0.9}),
+    "semantic": (suffuse.SemanticStableDiffusionPipeline, EDITS),
+    "safe": (suffuse.StableDiffusionPipelineSafe, {"sld_warmup_steps": 1, "safety_concept": "harm"}),
+}
+
+
+@pytest.mark.parametrize("prompt", ["a cat", ["a cat", "a dog"]], ids=["one", "two"])
+@pytest.mark.parametrize("value", OWN_CLASS)
+def test_a_value_guides_as_the_class_that_has_it(value, prompt):
+    (own, options), pipe = OWN_CLASS[value], pair("text")[1]
+    set_scheduler(pair("text"), "DDIMScheduler")
+    made = call(pipe, "text", prompt=prompt, num_images_per_prompt=2, guidance=VALUES[value], **QUICK)
+    by_class = call(own.from_pipe(pipe), "text", prompt=prompt, num_images_per_prompt=2, guidance_scale=6.0, **options, **QUICK)
+    # Of two prompts, the class reads each concept twice, as the peer does: another batch, and other last bits.
+    assert difference(made, by_class) <= (1e-5 if value == "semantic" and prompt != "a cat" else 0)
+
+
+def test_branches_are_told_embeddings_too():
+    pipe = pair("text")[1]
+    set_scheduler(pair("text"), "DDIMScheduler")
+    states = pipe.encode_prompt("a hat", torch.device("cpu"), 1, False)[0][0]
+    by_text, by_states = (
+        call(pipe, "text", guidance=SemanticGuidance(6.0, [Concept(told, warmup=0)]), **QUICK) for told in ("a hat", states)
+    )
+    assert difference(by_text, by_states) == 0
+
+
+@pytest.mark.parametrize("task", ["text", "xl text"])
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        (["a", "b", "c"], r"edit_0 is told 3 texts(.|\n)*one, or 1"),
+        (torch.zeros(4, 5), r"edit_0 is told has the wrong shape(.|\n)*\(1, 4, 5\)"),
+    ],
+)
+def test_texts_of_branches_that_fit_no_prompt_are_told(task, told, message):
+    generator = torch.Generator().manual_seed(1)
+    before = generator.get_state()
+    with pytest.raises(InputError, match=message):
+        pair(task)[1]("a cat", guidance=SemanticGuidance(6.0, [Concept(told)]), generator=generator)
+    assert torch.equal(before, generator.get_state())
+
+
+def test_an_embedding_says_too_little_to_stable_diffusion_xl():
+    with pytest.raises(InputError, match="edit_0 is told an embedding, and this pipeline needs more"):
+        pair("xl text")[1]("a cat", guidance=SemanticGuidance(6.0, [Concept(torch.zeros(77, 64))]))
+
+
+def test_concepts_without_guidance_are_told():
+    with pytest.raises(InputError, match=r"concepts are given, and scale=1\.0 guides nothing"):
+        SemanticGuidance(1.0, [Concept("a hat")])
+
+
+BEFORE_ANYTHING = {
+    "timesteps between those of training": (
+        SelfAttentionGuidance(6.0),
+        "self-attention guidance does not work with EulerDiscreteScheduler",
+    ),
+    "no such layer": (SelfAttentionGuidance(6.0, layer="nowhere"), "no transformer block is below 'nowhere'"),
+    "no such part": (GuidanceInterval(WorseGuidance(6.0, worsening=Skipped(["x"]))), "no transformer block is below 'x'"),
+}
+
+
+@pytest.mark.parametrize("name", BEFORE_ANYTHING)
+def test_guidance_that_does_not_fit_spends_nothing(name):
+    guidance, message = BEFORE_ANYTHING[name]
+    pipe, generator = pair("text")[1], torch.Generator().manual_seed(1)
+    set_scheduler(pair("text"), "EulerDiscreteScheduler")
+    before = generator.get_state()
+    with pytest.raises(InputError, match=message):
+        pipe("a cat", guidance=guidance, generator=generator)
+    assert torch.equal(before, generator.get_state())
+
+
+@dataclass
+class Backwards(ClassifierFreeGuidance):
+    """The same, with its branches the other way round."""
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        return super().branches[::-1]
+
+
+@pytest.mark.parametrize("task", ["text", "inpaint", "xl text", "control text"])
+def test_branches_are_told_by_name(task):
+    # In another order, a batch has other last bits.
+    pipe = pair(task)[1]
+    set_scheduler(pair(task), "DDIMScheduler")
+    there, back = (call(pipe, task, guidance=kind(6.0), **QUICK) for kind in (ClassifierFreeGuidance, Backwards))
+    assert difference(there, back) < 1e-4

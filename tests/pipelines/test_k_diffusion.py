@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from tasks import difference, folder
+from tasks import difference, folder, picture
+from test_composition import SWITCHES, net, parts
 from torch import Tensor
 
 import suffuse
@@ -185,6 +186,84 @@ def test_what_is_written_names_the_class(tmp_path):
     again.set_progress_bar_config(disable=True)
     sampled.set_scheduler("sample_dpmpp_2m")
     assert difference(call(again), call(sampled)) == 0
+
+
+# ---------------------------------------------------------------- features
+
+
+@cache
+def composed(xl: bool) -> tuple[Any, Any]:
+    """(text to image, the same with samplers), of components that take every feature."""
+    given = parts(xl)
+    plain = getattr(suffuse, "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline")(**given)
+    config = {"timestep_spacing": "linspace"}
+    plain.scheduler = suffuse.EulerDiscreteScheduler.from_config(given["scheduler"].config, **config)
+    sampled = getattr(suffuse, XL if xl else PLAIN).from_pipe(plain)
+    sampled.set_scheduler("sample_euler")
+    for pipe in (plain, sampled):
+        pipe.set_progress_bar_config(disable=True)
+    return plain, sampled
+
+
+TAKEN = ["ControlNet", "T2I-Adapter", "IP-Adapter", "IP-Adapter embeddings", "GLIGEN", "guidance"]
+
+
+def with_feature(pipe: Any, name: str | None, **options: Any) -> Any:
+    given = {"prompt": "a cat", "height": 64, "width": 64, "num_inference_steps": 4, "output_type": "np", **options}
+    undo = SWITCHES[name](pipe, given) if name is not None else None
+    try:
+        return pipe(**given, generator=torch.Generator().manual_seed(7)).images
+    finally:
+        if undo is not None:
+            undo()
+
+
+@pytest.mark.parametrize("xl", [False, True], ids=["", "XL"])
+@pytest.mark.parametrize("name", TAKEN)
+def test_features_are_those_of_our_own_solvers(name, xl):
+    """Equal but for rounding: the way is the same, and a feature sees the same of each step."""
+    plain, sampled = composed(xl)
+    if xl and name == "GLIGEN":  # whose text encoder makes no vectors that its UNet takes
+        with pytest.raises(InputError, match="no gated attention"):
+            with_feature(sampled, name)
+        return
+    made = with_feature(sampled, name)
+    assert difference(made, with_feature(plain, name)) < 1e-4
+    assert difference(made, with_feature(sampled, None)) > 1e-3
+
+
+@pytest.mark.parametrize("xl", [False, True], ids=["", "XL"])
+def test_a_control_acts_in_its_steps_however_often_each_asks(xl):
+    _, sampled = composed(xl)
+    sampled.set_scheduler("sample_heun")
+    try:
+        given = {"controlnet": net(xl), "control_image": picture(seed=3)}
+        whole, early, late = (
+            with_feature(sampled, None, **given, control_guidance_start=start, control_guidance_end=end)
+            for start, end in ((0.0, 1.0), (0.0, 0.5), (0.5, 1.0))
+        )
+    finally:
+        sampled.set_scheduler("sample_euler")
+    assert min(difference(one, other) for one, other in itertools.combinations((whole, early, late), 2)) > 1e-4
+
+
+@pytest.mark.parametrize("xl", [False, True], ids=["", "XL"])
+def test_what_sees_pictures_is_saved_and_loaded(xl, tmp_path):
+    _, sampled = composed(xl)
+    sampled.save_pretrained(tmp_path / "saved")
+    again = suffuse.DiffusionPipeline.from_pretrained(tmp_path / "saved")
+    again.set_progress_bar_config(disable=True)
+    again.set_scheduler("sample_euler")
+    assert difference(with_feature(again, "IP-Adapter"), with_feature(sampled, "IP-Adapter")) == 0
+    index = json.loads((tmp_path / "saved" / "model_index.json").read_text())
+    for name in ("image_encoder", *(["feature_extractor"] if xl else [])):
+        del index[name]
+    (tmp_path / "saved" / "model_index.json").write_text(json.dumps(index))
+    without = suffuse.DiffusionPipeline.from_pretrained(tmp_path / "saved")
+    assert without.image_encoder is None
+
+
+# ---------------------------------------------------------------- what cannot be
 
 
 def test_without_guidance_the_prompt_alone_is_asked():

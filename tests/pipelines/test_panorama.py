@@ -13,9 +13,11 @@ import pytest
 import tiny
 import torch
 from tasks import align, difference, pair, picture, set_scheduler
+from values import GUIDANCE, adapted, controlled
 
 import suffuse
-from suffuse.diffusion.windows import windows
+from suffuse.diffusion.guidance import ClassifierFreeGuidance
+from suffuse.diffusion.windows import View, windows
 from suffuse.errors import InputError, SuffuseError
 
 sys.path.append(str(Path(__file__).parent.parent / "adapters"))
@@ -163,6 +165,119 @@ def test_callbacks_replace_what_the_windows_see():
 
     told = {"callback_on_step_end": forget, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
     assert difference(draw(pipes()[1], **told), draw(pipes()[1])) > 1e-4
+
+
+# ---------------------------------------------------------------- what is shown to windows
+
+
+def plain_pipe():
+    """A plain pipeline of the same components."""
+    plain = suffuse.StableDiffusionPipeline.from_pipe(pipes()[1])
+    plain.set_progress_bar_config(disable=True)
+    return plain
+
+
+ONE_WINDOW = {"height": 128, "width": 128}
+SHOWN = {
+    "ControlNet": lambda pipe: controlled(pipe),
+    "a part of the way": lambda pipe: controlled(pipe, controlnet_conditioning_scale=0.7, control_guidance_end=0.5),
+    "guessing": lambda pipe: controlled(pipe, guess_mode=True),
+    "T2I-Adapter": lambda pipe: adapted(pipe, adapter_conditioning_factor=0.5),
+    "both": lambda pipe: controlled(pipe) | adapted(pipe),
+}
+
+
+@pytest.mark.parametrize("prompt", ["a cat", ["a cat", "a dog"]], ids=["one", "two"])
+@pytest.mark.parametrize("name", SHOWN)
+def test_one_window_is_the_plain_pipeline(name, prompt):
+    set_scheduler(pipes(), "DDIMScheduler")
+    told = {**SHOWN[name](pipes()[1]), **ONE_WINDOW, "prompt": prompt}
+    settings = {"num_inference_steps": 4, "output_type": "pt", "return_dict": False}
+    plain = plain_pipe()(**settings, generator=torch.Generator().manual_seed(7), **told)[0]
+    assert difference(draw(pipes()[1], **told), plain) == 0
+    assert (
+        difference(plain, plain_pipe()(**settings, generator=torch.Generator().manual_seed(7), **ONE_WINDOW, prompt=prompt)[0])
+        > 1e-4
+    )
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_views_together_are_shown_what_each_is_shown_alone(name):
+    set_scheduler(pipes(), "DDIMScheduler")
+    told = {**SHOWN[name](pipes()[1]), "prompt": ["a cat", "a dog"], "circular_padding": True}
+    assert difference(draw(pipes()[1], **told, view_batch_size=3), draw(pipes()[1], **told)) < 1e-5
+
+
+def test_a_net_without_weight_changes_nothing():
+    set_scheduler(pipes(), "DDIMScheduler")
+    told = controlled(pipes()[1], controlnet_conditioning_scale=0.0)
+    assert difference(draw(pipes()[1], **told), draw(pipes()[1])) == 0
+
+
+@pytest.mark.parametrize("feature", ["ControlNet", "T2I-Adapter"])
+def test_windows_see_their_part_of_a_picture(feature):
+    # What is white at the right only is no news to the windows at the left.
+    set_scheduler(pipes(), "DDIMScheduler")
+    dark, half = torch.zeros(1, 3, SIZE["height"], SIZE["width"]), torch.zeros(1, 3, SIZE["height"], SIZE["width"])
+    half[..., 256:] = 1
+    told = {**SHOWN[feature](pipes()[1]), "num_inference_steps": 2, "output_type": "latent"}
+    name = "control_image" if feature == "ControlNet" else "adapter_image"
+    before, after = (draw(pipes()[1], **told | {name: shown}) for shown in (dark, half))
+    assert difference(before[..., :8], after[..., :8]) == 0
+    assert difference(before[..., 32:], after[..., 32:]) > 1e-4
+
+
+def test_what_windows_are_shown_goes_round_about():
+    # A picture that begins elsewhere, with what it is shown, is the same one.
+    set_scheduler(pipes(), "DDIMScheduler")
+    noise = torch.randn(1, 4, 24, 40, generator=torch.Generator().manual_seed(3))
+    shown = torch.rand(1, 3, SIZE["height"], SIZE["width"], generator=torch.Generator().manual_seed(4))
+    told = controlled(pipes()[1], circular_padding=True, output_type="latent")
+    turned, straight = (
+        draw(pipes()[1], **told | {"control_image": shown.roll(8 * by, 3)}, latents=noise.roll(by, 3)) for by in (8, 0)
+    )
+    assert difference(turned.roll(-8, 3), straight) < 1e-4
+
+
+@pytest.mark.parametrize(("window", "circular"), [((8, 24, 32, 48), True), ((8, 24, 24, 40), False), ((0, 16, 0, 16), True)])
+@pytest.mark.parametrize("scale", [8, 1, 0.5, 0.25])
+def test_a_view_is_the_same_part_of_maps_of_all_sizes(window, circular, scale):
+    top, bottom, left, right = (int(edge * scale) for edge in window)
+    values = torch.rand(2, 3, int(24 * scale), int(40 * scale))
+    expected = torch.cat([values] * 2, dim=3)[:, :, top:bottom, left:right]
+    assert torch.equal(View(window, (24, 40), circular)(values), expected)
+
+
+@pytest.mark.parametrize("scale", [8, 1, 0.5])
+def test_a_view_that_is_larger_than_all_ends_with_it(scale):
+    values = torch.rand(2, 3, int(6 * scale), int(10 * scale))
+    assert torch.equal(View((0, 16, 0, 16), (6, 10))(values), values)
+
+
+def test_windows_that_end_within_features_are_refused_before_noise_is_drawn():
+    set_scheduler(pipes(), "DDIMScheduler")
+    generator = torch.Generator().manual_seed(3)
+    before = generator.get_state()
+    with pytest.raises(InputError, match=r"in the midst of a feature(.|\n)*3 of 40 latents, of which there are 20 features"):
+        draw(pipes()[1], **adapted(pipes()[1]), stride=3, generator=generator)
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_a_guidance_scale_is_a_guidance():
+    set_scheduler(pipes(), "DDIMScheduler")
+    assert difference(draw(pipes()[1], guidance=ClassifierFreeGuidance(7.5)), draw(pipes()[1])) == 0
+
+
+@pytest.mark.parametrize("name", GUIDANCE)
+def test_guidance_remembers_each_window(name):
+    set_scheduler(pipes(), "DDIMScheduler")
+    guidance = GUIDANCE[name](pipes()[1])
+    settings = {"num_inference_steps": 4, "output_type": "pt", "return_dict": False, "guidance": guidance, **ONE_WINDOW}
+    plain = plain_pipe()("a cat", generator=torch.Generator().manual_seed(7), **settings)[0]
+    assert difference(draw(pipes()[1], **settings), plain) == 0
+    together, alone = (draw(pipes()[1], guidance=guidance, view_batch_size=size) for size in (3, 1))
+    assert difference(together, alone) < 1e-4
+    assert difference(alone, draw(pipes()[1])) > 1e-4
 
 
 # ---------------------------------------------------------------- what is wrong

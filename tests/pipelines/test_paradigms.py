@@ -13,8 +13,10 @@ import pytest
 import tiny
 import torch
 from tasks import align, difference, pair, picture, set_scheduler
+from values import GUIDANCE, adapted, controlled, controlnet
 
 import suffuse
+from suffuse.diffusion.guidance import ClassifierFreeGuidance
 from suffuse.errors import SuffuseError
 
 sys.path.append(str(Path(__file__).parent.parent / "adapters"))
@@ -131,6 +133,93 @@ def test_pictures_to_take_after():
     assert difference(*drawn) > 1e-4
     assert difference(drawn[0], draw(pipes()[1])) == 0
 
+
+# ---------------------------------------------------------------- what is shown to steps that are taken at once
+
+SHOWN = {
+    "ControlNet": lambda pipe: controlled(pipe),
+    "weak": lambda pipe: controlled(pipe, controlnet_conditioning_scale=0.4),
+    "from the middle": lambda pipe: controlled(pipe, control_guidance_start=0.3, control_guidance_end=0.8),
+    "guessing": lambda pipe: controlled(pipe, guess_mode=True, control_guidance_end=0.6),
+    "two nets": lambda pipe: {
+        "controlnet": [controlnet(pipe, 5), controlnet(pipe, 6)],
+        "control_image": [picture(seed=3), picture(seed=4)],
+        "control_guidance_start": [0.0, 0.5],
+        "control_guidance_end": [0.5, 1.0],
+    },
+    "T2I-Adapter": lambda pipe: adapted(pipe, adapter_conditioning_factor=0.4),
+    "both": lambda pipe: controlled(pipe, control_guidance_start=0.5) | adapted(pipe),
+}
+
+
+TOLD = {"num_inference_steps": 8, "output_type": "pt", "return_dict": False, **SIZE}
+
+
+def plain_pipe():
+    """A pipeline of the same components that takes one step after another."""
+    plain = suffuse.StableDiffusionPipeline.from_pipe(pipes()[1])
+    plain.scheduler = suffuse.DDIMScheduler.from_config(plain.scheduler.config)
+    plain.set_progress_bar_config(disable=True)
+    return plain
+
+
+@pytest.mark.parametrize("prompt", ["a cat", ["a cat", "a dog"]], ids=["one", "two"])
+@pytest.mark.parametrize("name", SHOWN)
+def test_each_step_is_shown_what_it_is_shown_one_after_another(name, prompt):
+    set_scheduler(pipes(), "DDIMParallelScheduler", set_alpha_to_one=True)
+    told = {**SHOWN[name](pipes()[1]), **TOLD, "prompt": prompt}
+    one_by_one = plain_pipe()(**told, generator=torch.Generator().manual_seed(7))[0]
+    assert difference(draw(pipes()[1], **told, tolerance=0.0), one_by_one) < 1e-4
+    assert difference(one_by_one, draw(pipes()[1], prompt=prompt, tolerance=0.0)) > 1e-3
+
+
+def test_a_net_without_weight_changes_nothing():
+    set_scheduler(pipes(), "DDIMParallelScheduler")
+    told = controlled(pipes()[1], controlnet_conditioning_scale=0.0)
+    assert difference(draw(pipes()[1], **told), draw(pipes()[1])) == 0
+
+
+def test_another_model_is_told_what_nets_say():
+    set_scheduler(pipes(), "DDIMParallelScheduler")
+    ours, seen = pipes()[1], []
+
+    class Wrapped(torch.nn.Module):
+        def forward(self, sample, **options):
+            seen.append(options["mid_block_additional_residual"])
+            return ours.unet(sample, **options)
+
+    plain = draw(ours, **controlled(ours))
+    ours.wrapped_unet = Wrapped()
+    try:
+        assert difference(draw(ours, **controlled(ours)), plain) == 0
+    finally:
+        ours.wrapped_unet = None
+    assert seen
+
+
+def test_a_guidance_scale_is_a_guidance():
+    set_scheduler(pipes(), "DDIMParallelScheduler")
+    assert difference(draw(pipes()[1], guidance=ClassifierFreeGuidance(7.5)), draw(pipes()[1])) == 0
+
+
+@pytest.mark.parametrize("name", GUIDANCE)
+def test_each_step_is_guided_as_one_after_another(name):
+    set_scheduler(pipes(), "DDIMParallelScheduler", set_alpha_to_one=True)
+    guidance = GUIDANCE[name](pipes()[1])
+    plain = plain_pipe()("a cat", **TOLD, guidance=guidance, generator=torch.Generator().manual_seed(7))[0]
+    assert difference(draw(pipes()[1], guidance=guidance, tolerance=0.0), plain) < 1e-4
+    assert difference(draw(pipes()[1], tolerance=0.0), plain) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["with momentum", "in an interval", "towards a concept"])
+def test_what_guidance_remembers_is_kept_and_resumed(tmp_path, name):
+    set_scheduler(pipes(), "DDIMParallelScheduler")
+    guidance = GUIDANCE[name](pipes()[1])
+    whole = draw(pipes()[1], guidance=guidance, generator=None, seed=3, save_run=str(tmp_path / "{step}.run"))
+    assert difference(whole, pipes()[1](resume=tmp_path / "2.run", guidance=guidance)[0]) == 0
+
+
+# ---------------------------------------------------------------- what is wrong
 
 BAD = {
     "no steps at once": ({"parallel": 0}, "parallel=0 is out of range"),

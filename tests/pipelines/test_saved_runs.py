@@ -308,6 +308,9 @@ def test_files_that_are_no_runs(tmp_path):
         {"generators": [1]},
         {"pipeline": {"a": 1, "b": 2}},
         {"format": "one"},
+        {"beside": {"entries": {"ControlNet": {"entries": {"weights": "no mark"}}}}},
+        {"beside": {"entries": {"ControlNet": 3}}},
+        {"guided_by": {"entries": {"": "ClassifierFreeGuidance"}}},
     ],
     ids=str,
 )
@@ -330,7 +333,7 @@ def test_damaged_runs(run, damage, tmp_path):
 
 def test_a_run_of_a_later_version(run, tmp_path):
     _, file = run
-    later = file.read_bytes().replace(b'\\"format\\": 1', b'\\"format\\": 9')
+    later = file.read_bytes().replace(b'\\"format\\": 2', b'\\"format\\": 9')
     (tmp_path / "later.safetensors").write_bytes(later)
     with pytest.raises(InputError, match="was written by suffuse"):
         SavedRun.load(tmp_path / "later.safetensors")

@@ -169,7 +169,7 @@ BAD = {
     "no text": ({"editing_prompt": [3]}, r"editing_prompt\[0\] is no text"),
     "embeddings that fit no prompt": (
         {"editing_prompt_embeddings": torch.zeros(2, 50, 32)},
-        r"editing_prompt_embeddings has the wrong shape(.|\n)*\(2, 50, 32\)(.|\n)*\(2, 77, 32\)",
+        r"edit_0 is told has the wrong shape(.|\n)*\(1, 50, 32\)(.|\n)*\(1, 77, 32\)",
     ),
     "edits without guidance": ({**TWO, "guidance_scale": 1.0}, "guidance_scale=1.0 guides nothing"),
     "replayed without guidance": ({"sem_guidance": torch.zeros(5, 1, 4, 32, 24), "guidance_scale": 1.0}, "guides nothing"),
@@ -193,6 +193,6 @@ def test_what_is_wrong_is_told_and_spends_nothing(pipes, name):
 
 
 def test_concepts_that_cancel_say_nothing():
-    toward, away = Concept(threshold=0.0), Concept(reverse=True, threshold=0.0)
+    toward, away = Concept("a hat", threshold=0.0), Concept("a hat", reverse=True, threshold=0.0)
     one, other = torch.randn(2, 1, 4, 8, 8)
     assert difference(toward.direction(one, other), -away.direction(one, other)) == 0

@@ -6,6 +6,7 @@ pipeline; those that came with an adapter go with it.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from suffuse.layers.low_rank import adapters_of, delete_adapters, number
 from suffuse.models.adapter_services import block_weights, hub_options
 from suffuse.models.image_adapter import (
     Given,
+    ImageAdapter,
     ImageAdapters,
     Scale,
     drop_image_adapters,
@@ -81,7 +83,9 @@ class IPAdapterMixin:
             **keywords: The `suffuse.hub.options.HubOptions`.
 
         Raises:
+            InputError: One is neither a name nor named tensors. The pipeline is unchanged.
             AdapterError: One does not fit the pipeline, with the numbers. The pipeline is unchanged.
+            WeightsMismatchError: A tensor holds other than floating point numbers. The pipeline is unchanged.
             MissingFileError: There is no such file, or no image encoder. The pipeline is unchanged.
             NonFiniteError: A tensor holds NaN or infinity. The pipeline is unchanged.
             CorruptFileError: A file is damaged. The pipeline is unchanged.
@@ -92,6 +96,7 @@ class IPAdapterMixin:
             subfolder=subfolder,
             weight_name=weight_name,
         )
+        check_sources(sources)
         adapters = [
             read_adapter(source, Choice(name or None, folder or None, use_safetensors), options, self.unet)
             for source, folder, name in zip(sources, folders, names, strict=True)
@@ -124,7 +129,7 @@ class IPAdapterMixin:
         adapters = image_adapters_of(self.unet)
         if adapters is None:
             raise AdapterError("no IP-Adapter is loaded", remedy="load one first: load_ip_adapter(…)")
-        adapters.scales = scales_for(adapters, scale)
+        adapters.scales, adapters.asked = scales_for(adapters, scale), copy.deepcopy(scale)
 
     # ---------------------------------------------------------------- pictures
 
@@ -177,23 +182,13 @@ class IPAdapterMixin:
             InputError: There are pictures for another number of adapters, or they do not fit these.
         """
         adapters = _loaded(self.unet).adapters
-        name = "ip_adapter_image" if ip_adapter_image_embeds is None else "ip_adapter_image_embeds"
-        passed: Any = ip_adapter_image if ip_adapter_image_embeds is None else ip_adapter_image_embeds
-        given: list[Any] = list(passed) if isinstance(passed, (list, tuple)) else [passed]
-        if len(given) != len(adapters):
-            raise InputError(
-                f"{name}: {len(given)} given for {len(adapters)} IP-Adapter{'s' * (len(adapters) > 1)}",
-                remedy="pass one for each adapter, and several pictures for one adapter as a list in the list: [[first, second]]",
-            )
         said: list[Tensor] = []
-        for place, (adapter, own) in enumerate(zip(adapters, given, strict=True)):
-            where = f"{name}[{place}]"
+        shown = one_for_each_adapter(adapters, ip_adapter_image, ip_adapter_image_embeds)
+        for adapter, (where, own) in zip(adapters, shown.items(), strict=True):
             if ip_adapter_image_embeds is None:
                 pictures, nothing = self.encode_image(own, device, 1, adapter.projection.hidden_states)
                 own = torch.stack([nothing, pictures])
-            elif not isinstance(own, Tensor) or not own.is_floating_point() or not torch.isfinite(own).all():
-                raise InputError(f"{where} is no tensor of finite numbers", found=type(own).__name__)
-            adapter.check(where, own)
+                adapter.check(where, own)
             parts = _halves(where, own, do_classifier_free_guidance)
             said.append(torch.cat([part for part in parts for _ in range(num_images_per_prompt)]).to(device))
         return said
@@ -267,8 +262,35 @@ class IPAdapterMixin:
 # ---------------------------------------------------------------- in a call
 
 
+def one_for_each_adapter(adapters: Sequence[ImageAdapter], image: Any, embeds: Any) -> dict[str, Any]:
+    """What a call shows each adapter, by its place among the arguments: pictures, or what an image encoder said of them.
+
+    Raises:
+        InputError: It is for another number of adapters; or what was said does not fit one.
+    """
+    name, passed = (PROMPTED[0], image) if embeds is None else (PROMPTED[1], embeds)
+    given: list[Any] = list(passed) if isinstance(passed, (list, tuple)) else [passed]
+    if len(given) != len(adapters):
+        raise InputError(
+            f"{name}: {len(given)} given for {len(adapters)} IP-Adapter{'s' * (len(adapters) > 1)}",
+            remedy="pass one for each adapter, and several pictures for one adapter as a list in the list: [[first, second]]",
+        )
+    shown = {f"{name}[{place}]": own for place, own in enumerate(given)}
+    for adapter, (where, own) in zip(adapters, shown.items(), strict=True):
+        if embeds is None:
+            continue
+        if not isinstance(own, Tensor) or not own.is_floating_point() or not torch.isfinite(own).all():
+            raise InputError(f"{where} is no tensor of finite numbers", found=type(own).__name__)
+        adapter.check(where, own)
+    return shown
+
+
 def check_image_prompts(pipe: Any, arguments: Mapping[str, Any]) -> None:
-    """Raise `InputError` if a call has pictures and no adapter, or an adapter and no pictures; or they do not go together."""
+    """Raise `InputError` if a call has pictures and no adapter, or an adapter and no pictures; or they do not go together.
+
+    Raises:
+        AdapterError: Scales are not one for each adapter, or one is no number.
+    """
     adapters, masks = image_adapters_of(pipe.unet), (arguments.get("cross_attention_kwargs") or {}).get(MASKS)
     given = [name for name in PROMPTED if arguments.get(name) is not None] + ([] if masks is None else [MASKS])
     if adapters is None:
@@ -287,12 +309,28 @@ def check_image_prompts(pipe: Any, arguments: Mapping[str, Any]) -> None:
                 else f"{type(pipe).__name__} takes none: pipe.unload_ip_adapter(), or pipe.set_ip_adapter_scale(0)",
             )
         return
+    image, embeds = (arguments.get(name) for name in PROMPTED[:2])
+    shown = one_for_each_adapter(adapters.adapters, image, embeds)
+    counts = [_pictures_in(own) if embeds is None else own.shape[1] for own in shown.values()]
+    _masks_for(masks, counts, _scales(adapters, arguments), torch.device("cpu"))
     adapters.check_processors()
 
 
 def _scales(adapters: ImageAdapters, arguments: Mapping[str, Any]) -> list[Scale]:
     scale = arguments.get(PROMPTED[2])
     return adapters.scales if scale is None else scales_for(adapters, scale)
+
+
+def scale_in_effect(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """`ip_adapter_scale` as it counts in a call that shows pictures, whoever said it."""
+    adapters, shown = (
+        image_adapters_of(getattr(pipe, "unet", None)),
+        any(arguments.get(name) is not None for name in PROMPTED[:2]),
+    )
+    if adapters is None or not shown or PROMPTED[2] not in arguments:
+        return {}
+    told = arguments[PROMPTED[2]]
+    return {PROMPTED[2]: adapters.asked if told is None else told}
 
 
 def image_prompts(pipe: Any) -> list[Conditioner]:
@@ -305,7 +343,8 @@ def image_prompts(pipe: Any) -> list[Conditioner]:
     guided = image is not None or any(branch in UNTOLD for branch in run.guidance.branches)
     device, dtype = pipe._execution_device, pipe.unet.dtype
     said = [own.to(dtype) for own in pipe.prepare_ip_adapter_image_embeds(image, embeds, device, 1, guided)]
-    return [ShowPictures(adapters, said, scales, _masks_for(masks, said, scales, device))]
+    where = _masks_for(masks, [own.shape[1] for own in said], scales, device)
+    return [ShowPictures(adapters, said, scales, where)]
 
 
 def _plain(picture: Any) -> Any:
@@ -334,15 +373,19 @@ def scales_for(adapters: ImageAdapters, wanted: Any) -> list[Scale]:
     ]
 
 
-def _masks_for(masks: Any, said: Sequence[Tensor], scales: Sequence[Scale], device: torch.device) -> list[Tensor | None]:
-    """Where each adapter counts, checked against what there is."""
+def _pictures_in(shown: Any) -> int:
+    """How many pictures an adapter is shown."""
+    return len(shown) if isinstance(shown, (list, tuple)) or getattr(shown, "ndim", 0) == 4 else 1
+
+
+def _masks_for(masks: Any, counts: Sequence[int], scales: Sequence[Scale], device: torch.device) -> list[Tensor | None]:
+    """Where each adapter counts, checked against how many pictures it is shown."""
     if masks is not None and (not isinstance(masks, (list, tuple, Tensor)) or (isinstance(masks, Tensor) and masks.ndim < 3)):
         raise InputError(f"{MASKS} has the wrong type", found=type(masks).__name__, expected="a tensor for each IP-Adapter")
-    each: list[Any] = [None] * len(said) if masks is None else list(masks.unsqueeze(1) if isinstance(masks, Tensor) else masks)
-    if len(each) != len(said):
-        raise InputError(f"{MASKS}: {len(each)} given for {len(said)} IP-Adapters", remedy="pass one for each, or None")
-    for mask, own, scale in zip(each, said, scales, strict=True):
-        pictures = own.shape[1]
+    each: list[Any] = [None] * len(counts) if masks is None else list(masks.unsqueeze(1) if isinstance(masks, Tensor) else masks)
+    if len(each) != len(counts):
+        raise InputError(f"{MASKS}: {len(each)} given for {len(counts)} IP-Adapters", remedy="pass one for each, or None")
+    for mask, pictures, scale in zip(each, counts, scales, strict=True):
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[:2] != (1, pictures)):
             raise InputError(
                 f"one of {MASKS} does not fit the pictures of its adapter",
@@ -378,6 +421,17 @@ def _halves(name: str, embeds: Tensor, guided: bool) -> Sequence[Tensor]:
             remedy="make it with pipe.prepare_ip_adapter_image_embeds(…, do_classifier_free_guidance=True)",
         )
     return [embeds]
+
+
+def check_sources(sources: Sequence[Any]) -> None:
+    """Raise `InputError` unless these are names of files, folders or repositories, or contents of files."""
+    for source in sources:
+        if not isinstance(source, (str, os.PathLike, Mapping)):
+            raise InputError(
+                "load_ip_adapter: nothing to load an IP-Adapter from",
+                found=type(source).__name__,
+                expected="a file, a folder, a repository, or named tensors; or a list of one for each adapter",
+            )
 
 
 def _as_long_as_each_other(**given: Any) -> list[list[Any]]:

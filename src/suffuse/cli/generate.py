@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from suffuse.checkpoints.bundle import DEFAULT, SETTINGS, bundled
-from suffuse.cli import features
+from suffuse.cli import features, guiding
 from suffuse.cli.loading import loaded, made_with, pipeline_for, quiet, usable_device
 from suffuse.cli.picture import check_writable, destination, opened, write_picture
 from suffuse.errors import InputError, nearest
@@ -103,6 +103,9 @@ def generate(
     ip_image: features.PromptImages = None,
     ip_scale: features.ImageScales = None,
     box: features.Boxes = None,
+    guide: guiding.Guide = None,
+    edit: guiding.Edits = None,
+    guide_part: guiding.Part = None,
     size: Annotated[
         str | None,
         typer.Option(
@@ -137,6 +140,8 @@ def generate(
       suffuse generate "an oil painting" -m dreamlike.safetensors -i photo.jpg
       suffuse generate "a door" -m stable-diffusion-inpainting -i house.png --mask m.png
       suffuse generate "a bird" -m FOLDER --controlnet canny --control edges.png --lora ink.safetensors:0.8
+      suffuse generate "a cat" --edit "a blue background" --edit "-whiskers:3"
+      suffuse generate "a lighthouse" -m FOLDER --guide unattended:worse_scale=2 --guide-part 0.1-0.8
       suffuse generate "a lighthouse" -m FOLDER --save-run at-{step}.safetensors
       suffuse generate "a lighthouse at night" --resume at-20.safetensors
     """
@@ -152,6 +157,7 @@ def generate(
         _go_on(resume, prompt, _changes(context), model, output, dtype, device, save_run, context.params)
         return
     features.check_options(context.params)
+    guiding.check_options(context.params)
     if prompt is None and model is None:
         raise InputError("there is no prompt", remedy='suffuse generate "a red apple"')
     defaults = SETTINGS[DEFAULT] if model is None else {}
@@ -189,9 +195,12 @@ def generate(
         pipe.scheduler = getattr(suffuse, scheduler_class).from_config(pipe.scheduler.config)
     quiet(pipe)
     given = features.added(pipe, context.params)
-    call = _completed(type(pipe), ({} if prompt is None else {"prompt": prompt}) | call, {**pictures, **given}, image is not None)
+    asked = {"guidance": None} if guiding.is_asked(context.params) else {}
+    call = ({} if prompt is None else {"prompt": prompt}) | call
+    call = _completed(type(pipe), call, {**pictures, **given, **asked}, image is not None)
+    given |= guiding.guided(context.params, call)
     files = {name: path.name for name, path in (("image", image), ("mask_image", mask)) if path is not None}
-    settings = {**call, **files, **features.told(context.params), **made_with(pipe, model)}
+    settings = {**call, **files, **features.told(context.params), **guiding.told(context.params), **made_with(pipe, model)}
     # One by one: a picture does not depend on how many are made beside it, and those that are done are kept if the rest fails.
     for index in range(count):
         generator = torch.Generator().manual_seed(seed + index)
@@ -252,6 +261,7 @@ def _go_on(
     pipe.to(usable_device(torch, device))
     quiet(pipe)
     given = features.added(pipe, options)  # what was added is no part of the run
+    given |= guiding.guided(options, told)
     with _kept(save_run):
         pictures = pipe(resume=run, save_run=save_run, output_type="pil", return_dict=True, **changes, **given).images
     shown = {
@@ -259,7 +269,13 @@ def _go_on(
         for name in ("prompt", "num_inference_steps", "guidance_scale", "negative_prompt", "strength")
         if name in told
     }
-    made = {**shown, **features.told(options), **made_with(pipe, model), "resumed": f"{file.name}, step {run.step}"}
+    made = {
+        **shown,
+        **features.told(options),
+        **guiding.told(options),
+        **made_with(pipe, model),
+        "resumed": f"{file.name}, step {run.step}",
+    }
     for index, picture in enumerate(pictures):
         seed = seeds[index] if index < len(seeds) else seeds[0]
         _write(picture, destination(output, str(path.stem), seed, index, len(pictures)) if index else path, made | {"seed": seed})

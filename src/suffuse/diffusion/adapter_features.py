@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from suffuse.diffusion.conditioning import ModelCall, per_branch
+from suffuse.diffusion.conditioning import Conditioner, ModelCall, at_told_steps
 from suffuse.diffusion.loop import Step
 
 
@@ -26,7 +26,19 @@ class AdapterFeatures:
     inference_steps: Callable[[], int]
     part: float | None = None
 
+    def unheard(self, total: int) -> str | None:
+        """What no step is told though it counts, if that is so; a part of 0 is meant."""
+        heard = not self.part or int(self.inference_steps() * self.part) > 0
+        return None if heard else f"what the adapter sees (adapter_conditioning_factor={self.part})"
+
     def __call__(self, call: ModelCall, step: Step) -> None:
         """Add the features."""
-        if self.part is None or step.index < int(self.inference_steps() * self.part):
-            call.kwargs["down_intrablock_additional_residuals"] = [per_branch(each, call.branches) for each in self.maps]
+        acts = [self.part is None or index < int(self.inference_steps() * self.part) for index in step.indices]
+        if any(acts):
+            shown = (call.conditioning.shown(each, call.branches) for each in self.maps)
+            call.kwargs["down_intrablock_additional_residuals"] = [at_told_steps(each, acts, call.branches) for each in shown]
+
+
+def features_of(conditioners: Iterable[Conditioner]) -> list[Tensor]:
+    """The features that are added, of all adapters among conditioners."""
+    return [each for one in conditioners if isinstance(one, AdapterFeatures) for each in one.maps]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,11 @@ class GuidedStep:
         """The latents of the next timestep."""
         prediction = self.guidance(self.denoiser, step)
         return self.scheduler.step(prediction, step.timestep, step.latents, **self.options, return_dict=False)[0]
+
+
+def guided_step_of(kind: type[Denoiser]) -> Callable[[Denoiser, Guidance, SchedulerMixin, dict[str, Any]], GuidedStep]:
+    """The usual way to advance, with a denoiser of another kind: one that makes something else of what the model says."""
+    return lambda denoiser, guidance, scheduler, options: GuidedStep(kind(**vars(denoiser)), guidance, scheduler, options)
 
 
 def step_options(scheduler: SchedulerMixin, **offered: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,19 @@ from suffuse.schedulers.scheduler import SchedulerMixin
 
 UNTOLD = ("uncond", "image")
 """Branches of guidance that are told no text, and so shown nothing and told of no objects either."""
+
+
+def whole(pictures: Tensor) -> Tensor:
+    """All that there is to see."""
+    return pictures
+
+
+def at_told_steps(values: Tensor, told: Sequence[bool], branches: Sequence[str]) -> Tensor:
+    """Values of the rows of a call, with zeros at those of its steps at which nothing is told."""
+    if all(told):
+        return values
+    share = torch.tensor(told).repeat_interleave(len(values) // (len(told) * len(branches))).repeat(len(branches))
+    return values * share.to(values).view(-1, *(1 for _ in values.shape[1:]))
 
 
 def per_branch(value: Tensor, branches: Sequence[str]) -> Tensor:
@@ -61,7 +75,37 @@ class Conditioning:
     def select(self, name: str, branches: tuple[str, ...]) -> Tensor:
         """The rows of `name` that belong to `branches`, in their order."""
         joined = self.tensors[name]
-        return joined if len(joined) == self.batch * len(branches) else rows(joined, self.layout, branches)
+        narrowed = len(joined) == self.batch * len(branches) and len(branches) != len(self.layout)
+        return joined if narrowed else rows(joined, self.layout, branches)
+
+    def shown(self, pictures: Tensor, branches: tuple[str, ...]) -> Tensor:
+        """Pictures, or features of them, for each row of `branches`: one for all, or as many as go into the batch."""
+        # One picture is shown as often as there are rows: alone in a batch, it would be embedded to other last bits.
+        if len(pictures) == 1:
+            return pictures.expand(self.batch * len(branches), -1, -1, -1)
+        times = self.batch // len(pictures) * len(branches)
+        return torch.cat([pictures] * times) if times > 1 else pictures
+
+
+@dataclass
+class ManyTimes(Conditioning):
+    """The tensors of a run whose latents stand in a call many times, in windows or at several steps: each is told the same.
+
+    Attributes:
+        views: For each time, what it sees of pictures of the whole.
+    """
+
+    views: Sequence[Callable[[Tensor], Tensor]] = ()
+
+    def select(self, name: str, branches: tuple[str, ...]) -> Tensor:
+        """The rows of `name` that belong to `branches`, in their order; in a branch, once for each time."""
+        parts = super().select(name, branches).chunk(len(branches))
+        return torch.cat([part for part in parts for _ in self.views])
+
+    def shown(self, pictures: Tensor, branches: tuple[str, ...]) -> Tensor:
+        """What each time sees of pictures, for each row of `branches`."""
+        once = super().shown(pictures, branches[:1])
+        return per_branch(torch.cat([view(once) for view in self.views]), branches)
 
 
 @dataclass(slots=True)
@@ -87,6 +131,15 @@ class ModelCall:
 
 Conditioner = Callable[[ModelCall, Step], None]
 """Changes what the model sees in one call."""
+
+
+def warn_of_unheard(conditioners: Sequence[Conditioner], total: int) -> None:
+    """Warn, once, of conditioners that say with `unheard(total)` that none of so many steps is in their part of the way."""
+    asked = (getattr(condition, "unheard", None) for condition in conditioners)
+    unheard = [what for ask in asked if ask is not None and (what := ask(total)) is not None]
+    if unheard:
+        told = " nor ".join(unheard)
+        warnings.warn(f"no step of {total} is told {told}: pass more steps, or a wider part of them", stacklevel=4)
 
 
 def text(call: ModelCall, step: Step) -> None:

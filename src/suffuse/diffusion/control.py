@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from suffuse.diffusion.conditioning import ModelCall, per_branch, rows
+from suffuse.diffusion.conditioning import ModelCall, at_told_steps, rows
 from suffuse.diffusion.loop import Step
 from suffuse.models.controlnet import added
 from suffuse.schedulers.scheduler import SchedulerMixin
@@ -47,35 +47,37 @@ class Control:
         """(height, width) of the pictures."""
         return self.pictures.shape[-2], self.pictures.shape[-1]
 
-    def acts(self, step: Step) -> bool:
-        """Whether the net has a say in this step."""
+    def acts(self, index: int) -> bool:
+        """Whether the net has a say in a step."""
         steps = len(self.scheduler.timesteps) - (self.scheduler.begin_index or 0)
-        return self.scale != 0 and step.index / steps >= self.start and (step.index + 1) / steps <= self.end
+        return self.scale != 0 and index / steps >= self.start and (index + 1) / steps <= self.end
 
-    def shown(self, branches: tuple[str, ...], count: int) -> Tensor:
-        """The pictures, once for each of `count` rows of these branches."""
-        # One picture is shown as often as there are rows: alone in a batch, it would be embedded to other last bits.
-        return self.pictures.expand(count, -1, -1, -1) if len(self.pictures) == 1 else per_branch(self.pictures, branches)
+    def unheard(self, total: int) -> str | None:
+        """What no step of so many is told though it counts, if that is so."""
+        heard = self.scale == 0 or any(map(self.acts, range(total)))
+        told = f"control_guidance_start={self.start}, control_guidance_end={self.end}"
+        return None if heard else f"what the ControlNet sees ({told})"
 
     def __call__(self, call: ModelCall, step: Step) -> None:
         """Ask the net for the branches it has a say in, and add what it says to what others said."""
         asked = tuple(branch for branch in call.branches if not (self.guess and branch == "uncond"))
-        if not asked or not self.acts(step):
+        acts = [self.acts(index) for index in step.indices]
+        if not asked or not any(acts):
             return
         told = call.kwargs.get("added_cond_kwargs") or {}
         sample = rows(call.sample, call.branches, asked)
         down, middle = self.net(
             sample,
-            call.timestep,
+            rows(call.timestep, call.branches, asked) if call.timestep.ndim else call.timestep,
             encoder_hidden_states=rows(call.kwargs["encoder_hidden_states"], call.branches, asked),
-            controlnet_cond=self.shown(asked, len(sample)),
+            controlnet_cond=call.conditioning.shown(self.pictures, asked),
             conditioning_scale=self.scale,
             added_cond_kwargs={name: rows(told[name], call.branches, asked) for name in TOLD if name in told},
             guess_mode=self.guess,
             return_dict=False,
         )
-        said = [silent_elsewhere(residual, asked, call.branches) for residual in down]
-        add_residuals(call, said, silent_elsewhere(middle, asked, call.branches))
+        *said, center = (silent_elsewhere(at_told_steps(one, acts, asked), asked, call.branches) for one in (*down, middle))
+        add_residuals(call, said, center)
 
 
 def silent_elsewhere(residual: Tensor, asked: tuple[str, ...], branches: tuple[str, ...]) -> Tensor:

@@ -15,5 +15,5 @@ class ControlSide(Control):
 
     def __call__(self, call: ModelCall, step: Step) -> None:
         """Hand pictures and scale over."""
-        shown = self.shown(call.branches, len(call.sample))
-        call.kwargs |= {"controlnet_cond": shown, "conditioning_scale": self.scale, "apply_control": self.acts(step)}
+        shown = call.conditioning.shown(self.pictures, call.branches)
+        call.kwargs |= {"controlnet_cond": shown, "conditioning_scale": self.scale, "apply_control": self.acts(step.index)}

@@ -9,17 +9,36 @@ import torch
 from torch import Tensor
 
 from suffuse.diffusion.advance import GuidedStep
+from suffuse.diffusion.conditioning import Conditioning, Denoiser
 from suffuse.diffusion.guidance import ClassifierFreeGuidance
+from suffuse.diffusion.held_guidance import Foreseen, HeldGuidance
 from suffuse.diffusion.loop import Step
 from suffuse.noise import randn_tensor
 
 
 @dataclass
-class SourceAndTarget(ClassifierFreeGuidance):
-    """Classifier-free guidance for a batch whose first half is the source and whose second half is the target.
+class TargetOnly(Conditioning):
+    """The tensors of a run whose batch is the source and then the target: those of the target."""
+
+    def select(self, name: str, branches: tuple[str, ...]) -> Tensor:
+        """The rows of `name` that belong to `branches`, in their order; of each, those of the target."""
+        return _of_target(super().select(name, branches), branches)
+
+    def shown(self, pictures: Tensor, branches: tuple[str, ...]) -> Tensor:
+        """Pictures, or features of them, for each row of the target."""
+        return _of_target(super().shown(pictures, branches), branches)
+
+
+def _of_target(values: Tensor, branches: tuple[str, ...]) -> Tensor:
+    return torch.cat(values.chunk(2 * len(branches))[1::2])
+
+
+@dataclass
+class SourceAndTarget(HeldGuidance):
+    """Guidance for a batch whose first half is the source and whose second half is the target, which another guides.
 
     Attributes:
-        source_scale: The guidance scale of the first half.
+        source_scale: The guidance scale of the first half, where the other asks for an unconditional prediction.
         source: Latents of the source, which go the same way as those of the target.
     """
 
@@ -27,13 +46,16 @@ class SourceAndTarget(ClassifierFreeGuidance):
     source_scale: float = 1.0
     source: Tensor = field(default_factory=lambda: torch.zeros(0))
 
-    def extrapolated(self, cond: Tensor, uncond: Tensor) -> Tensor:
-        """From the unconditional prediction through the conditional one, each half as far as it is told."""
-        away = cond - uncond
-        source, target = away.chunk(2)
-        source.mul_(self.source_scale)
-        target.mul_(self.scale)
-        return away.add_(uncond)
+    def __call__(self, denoiser: Denoiser, step: Step) -> Tensor:
+        """One prediction, of the shape of the latents; the model is asked for both halves at once."""
+        said = {branch: both.chunk(2) for branch, both in denoiser(step, self.branches).items()}
+        source = ClassifierFreeGuidance(self.source_scale).combine(
+            {branch: said[branch][0] for branch in ("cond", "uncond") if branch in said}
+        )
+        told = denoiser.conditioning
+        alone = replace(denoiser, conditioning=TargetOnly(told.batch, told.layout, told.tensors))
+        own = Foreseen.of(alone, {branch: target for branch, (_, target) in said.items()})
+        return torch.cat([source, self.guidance(own, replace(step, latents=step.latents.chunk(2)[1]))])
 
 
 @dataclass

@@ -33,11 +33,16 @@ class Grounding:
     objects: Mapping[str, Tensor]
     part: float = 1.0
 
+    def unheard(self, total: int) -> str | None:
+        """What no step of so many is told though it counts, if that is so; a part of 0 is meant."""
+        heard = self.part == 0 or int(self.part * total) > 0
+        return None if heard else f"the boxes (gligen_scheduled_sampling_beta={self.part})"
+
     def __call__(self, call: ModelCall, step: Step) -> None:
         """Add the objects to what attention is told, for the branches that are told a text."""
         if step.index >= int(self.part * step.total):
             return
-        batch = call.conditioning.batch
+        batch = len(call.sample) // len(call.branches)
         told = {
             name: torch.cat([self._rows(name, value, branch).expand(batch, *value.shape[1:]) for branch in call.branches])
             for name, value in self.objects.items()

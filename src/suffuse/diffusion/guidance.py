@@ -2,33 +2,64 @@
 
 from __future__ import annotations
 
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from suffuse.diffusion.conditioning import Denoiser
 from suffuse.diffusion.loop import Step
+from suffuse.schedulers.scheduler import SchedulerMixin
+
+Self = TypeVar("Self", bound="Guidance")
+Text = str | list[str] | Tensor
+"""What a branch is told: a text, one for each prompt, or what the text encoder makes of it, (tokens, width)."""
 
 
-class Guidance(Protocol):
-    """Asks the denoiser for the branches it needs and makes one prediction of them."""
+class Guidance(ABC):
+    """Asks the denoiser for the branches it needs and makes one prediction of them.
 
+    Class attributes:
+        remembers: Fields that the steps change, which a saved run keeps.
+    """
+
+    remembers: ClassVar[tuple[str, ...]] = ()
     scale: float
 
     @property
+    @abstractmethod
     def branches(self) -> tuple[str, ...]:
-        """Names of the branches, in batch order."""
-        ...
+        """Names of the branches, in batch order; "uncond" and "cond" are told the prompts of the call."""
 
+    @abstractmethod
     def __call__(self, denoiser: Denoiser, step: Step) -> Tensor:
         """One prediction, of the shape of the latents."""
-        ...
+
+    @property
+    def texts(self) -> Mapping[str, Text]:
+        """What branches are told that the prompts of the call say nothing of."""
+        return {}
+
+    def fork(self: Self) -> Self:
+        """One like it for a run of its own: what steps change is its own, models and texts are shared."""
+        fork = copy.copy(self)
+        for name in self.remembers:
+            setattr(fork, name, copy.copy(getattr(self, name)))
+        return fork
+
+    def check_model(self, model: nn.Module) -> None:  # noqa: B027  most can guide any
+        """Raise `InputError` unless the model can be guided so; computes nothing."""
+
+    def check_scheduler(self, scheduler: SchedulerMixin) -> None:  # noqa: B027  most can guide with any
+        """Raise `InputError` unless the scheduler, whose timesteps are set, lets the model be guided so."""
 
 
 @dataclass
-class ClassifierFreeGuidance:
+class ClassifierFreeGuidance(Guidance):
     """Extrapolate from the unconditional prediction through the conditional one (Ho and Salimans, 2022).
 
     Attributes:
@@ -63,11 +94,10 @@ class ClassifierFreeGuidance:
 
 
 @dataclass
-class EmbeddedGuidance:
+class EmbeddedGuidance(Guidance):
     """Guidance the model was distilled to do itself: it is told the scale and asked once (Luo et al., 2023, LCM)."""
 
     scale: float
-    rescale: float = 0.0
 
     @property
     def branches(self) -> tuple[str, ...]:

@@ -288,12 +288,15 @@ class DenoiserAt:
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """The clean sample."""
-        memory = self.scheduler.memory
-        training = memory.derive("training sigmas", training_sigmas, self.scheduler.alphas_cumprod)
-        t = torch.tensor(timesteps_of(sigma.reshape(1).numpy(), training)[0], dtype=torch.float32, device=x.device)
         scaled = replace(self.denoiser, scheduler=UnitVariance(sigma))
-        prediction = self.guidance(scaled, replace(self.step, latents=x, timestep=t))
+        prediction = self.guidance(scaled, replace(self.step, latents=x, timestep=self.timestep(sigma)))
         return EXPLODED_X0[self.scheduler.config["prediction_type"]](x, prediction, sigma, *exploded_scales(sigma))
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """The timestep with that much noise, between those of training."""
+        training = self.scheduler.memory.derive("training sigmas", training_sigmas, self.scheduler.alphas_cumprod)
+        t = timesteps_of(sigma.reshape(1).numpy(), training)[0]
+        return torch.tensor(t, dtype=torch.float32, device=self.step.latents.device)
 
 
 @dataclass
@@ -317,11 +320,15 @@ class SamplerStep:
     options: dict[str, Any]
     noise: Callable[[Tensor, Tensor, Tensor], Tensor]
 
+    def denoiser_at(self, step: Step) -> DenoiserAt:
+        """D(x; sigma) in a step."""
+        return DenoiserAt(self.denoiser, self.guidance, self.scheduler, step)
+
     def __call__(self, step: Step) -> Tensor:
         """The latents of the next level."""
         memory, x = self.scheduler.memory, step.latents
         sampler = SAMPLERS[memory.sampler]
         place = Place(memory.sigmas, step.index, memory.past, lambda sigma, sigma_next: self.noise(x, sigma, sigma_next))
-        made, kept = sampler.sample(DenoiserAt(self.denoiser, self.guidance, self.scheduler, step), x, place)
+        made, kept = sampler.sample(self.denoiser_at(step), x, place)
         memory.past = [*memory.past, kept][-sampler.remembers :] if sampler.remembers else []
         return made

@@ -31,6 +31,11 @@ class Step:
     index: int = 0
     timestep: Tensor = field(default_factory=lambda: torch.tensor(0))
 
+    @property
+    def indices(self) -> Sequence[int]:
+        """Which steps the latents are at, one after another: this one, unless several are taken at once."""
+        return (self.index,)
+
 
 class Hook(Protocol):
     """Acts on the latents between steps. A hook may raise `Finished` to end the way early."""
@@ -58,6 +63,8 @@ class Finished(Exception):  # like StopIteration, the name of an end and not of 
 
 Advance = Callable[[Step], Tensor]
 """Makes one step: the latents of the next timestep."""
+Walk = Callable[[Tensor, Tensor, Advance, Sequence[Hook], int], Tensor]
+"""Goes the way: `denoise`, or a loop of somebody else's that calls the hooks as it does."""
 
 
 def denoise(latents: Tensor, timesteps: Tensor, advance: Advance, hooks: Sequence[Hook] = (), begin: int = 0) -> Tensor:

@@ -6,17 +6,18 @@ guess; what no longer changes is settled, and the window of steps moves on.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from suffuse.diffusion.advance import GuidedStep
-from suffuse.diffusion.conditioning import Conditioner, ModelCall
-from suffuse.diffusion.guidance import ClassifierFreeGuidance
+from suffuse.diffusion.conditioning import Denoiser, ManyTimes, ModelCall, whole
+from suffuse.diffusion.guidance import Guidance
+from suffuse.diffusion.held_guidance import Foreseen, HeldGuidance
 from suffuse.diffusion.loop import Step
-from suffuse.diffusion.windows import InEachWindow
 from suffuse.errors import InputError
 from suffuse.noise import Generators, randn_tensor
 
@@ -24,23 +25,76 @@ FEW = 4
 """Of fewer steps than these, a call is not worth sharing out over several devices."""
 
 
-@dataclass
-class Settling(ClassifierFreeGuidance):
-    """Classifier-free guidance of steps that are taken at once, and what is known of the way.
+@dataclass(slots=True)
+class Steps(Step):
+    """Several steps that are taken at once.
 
     Attributes:
-        way: Latents before the first step and after each, (steps + 1, batch, channels, rows, columns).
-        settled: How many steps are right.
+        span: Which of the way.
     """
 
-    remembers: ClassVar[tuple[str, ...]] = ("way", "settled")
-    way: Tensor = field(default_factory=lambda: torch.zeros(0))
-    settled: int = 0
+    span: range = range(0)
+
+    @property
+    def indices(self) -> Sequence[int]:
+        """Which steps the latents are at, one after another."""
+        return self.span
 
 
 def at_own_time(call: ModelCall, step: Step) -> None:
     """Tell the model a timestep for each row of its batch."""
     call.timestep = call.timestep.repeat(len(call.branches))
+
+
+@dataclass
+class TogetherDenoiser(Denoiser):
+    """Predict for several steps in one call of the model.
+
+    Attributes:
+        wide: What predicts for several, if that is not the model.
+    """
+
+    wide: nn.Module | None = None
+
+    def __call__(self, step: Step, branches: tuple[str, ...], latents: Tensor | None = None) -> dict[str, Tensor]:
+        """Predictions by branch for all steps, (steps · batch, channels, rows, columns)."""
+        told, count = self.conditioning, len(step.indices)
+        model = self.wide if self.wide is not None and count >= FEW else self.model
+        conditioning = ManyTimes(told.batch, told.layout, told.tensors, [whole] * count)
+        return Denoiser(model, self.scheduler, conditioning, [at_own_time, *self.conditioners])(step, branches, latents)
+
+
+@dataclass
+class Settling(HeldGuidance):
+    """A guidance of steps that are taken at once, and what is known of the way.
+
+    Attributes:
+        way: Latents before the first step and after each, (steps + 1, batch, channels, rows, columns).
+        settled: How many steps are right.
+        forks: The other guidance before the steps of this round and after each of them, as it then remembers what was.
+    """
+
+    remembers: ClassVar[tuple[str, ...]] = ("way", "settled")
+    way: Tensor = field(default_factory=lambda: torch.zeros(0))
+    settled: int = 0
+    forks: list[Guidance] = field(init=False, default_factory=list[Guidance])
+
+    def __call__(self, denoiser: Denoiser, step: Step) -> Tensor:
+        """A prediction for each of the steps, of which the model is asked at once and which are guided one after another."""
+        count, self.forks = len(step.indices), [self.guidance]
+        said = {branch: rows.chunk(count) for branch, rows in denoiser(step, self.branches).items()}
+        alone = zip(step.indices, step.timestep.chunk(count), step.latents.chunk(count), strict=True)
+        made = list[Tensor]()
+        for place, (index, timestep, latents) in enumerate(alone):
+            self.forks.append(self.forks[-1].fork())
+            own = Foreseen.of(denoiser, {branch: rows[place] for branch, rows in said.items()})
+            made.append(self.forks[-1](own, Step(latents, step.total, index, timestep[0])))
+        return torch.cat(made)
+
+    def settle(self, steps: int) -> None:
+        """Take so many steps of the round for right."""
+        self.settled += steps
+        self.guidance = self.forks[steps]
 
 
 def variances(scheduler: Any) -> Tensor:
@@ -96,8 +150,8 @@ class PicardStep(GuidedStep):
         end = min(begin + self.at_once, total)
         block, changed = way[begin:end], slice(begin + 1, end + 1)
         times = scheduler.timesteps[begin:end].repeat_interleave(block.shape[1])
-        guessed = replace(step, latents=block.flatten(0, 1), timestep=times)
-        prediction = state(self._denoiser(len(block)), guessed)
+        guessed = Steps(block.flatten(0, 1), step.total, step.index, times, range(begin, end))
+        prediction = state(TogetherDenoiser(**vars(self.denoiser), wide=self.wide), guessed)
         options = {name: value for name, value in self.options.items() if name != "generator"}
         moved = scheduler.batch_step_no_noise(prediction, times, guessed.latents, **options).reshape(block.shape)
         better = way[begin][None] + self._summed(moved - block)
@@ -107,7 +161,7 @@ class PicardStep(GuidedStep):
         allowed = torch.cat([variances(scheduler), torch.zeros(1)]).to(error)[changed, None]
         # The last step has no noise to measure errors by: it is settled when nothing changes.
         unsettled = (error / allowed > self.tolerance**2).any(dim=1).tolist()
-        state.settled = min(begin + min([*unsettled, True].index(True) + 1, self.at_once), total)
+        state.settle(min([*unsettled, True].index(True) + 1, self.at_once, total - begin))
         way[changed] = better
         way[end : min(state.settled + self.at_once, total) + 1] = way[end].clone()
         step.timestep = scheduler.timesteps[begin]
@@ -118,12 +172,6 @@ class PicardStep(GuidedStep):
 
     def _scheduler(self) -> Any:
         return self.scheduler
-
-    def _denoiser(self, count: int) -> Any:
-        told, model = self.denoiser.conditioning, self.wide if self.wide is not None and count >= FEW else self.denoiser.model
-        conditioning = InEachWindow(told.batch, told.layout, told.tensors, count)
-        conditioners: list[Conditioner] = [*self.denoiser.conditioners, at_own_time]
-        return replace(self.denoiser, model=model, conditioning=conditioning, conditioners=conditioners)
 
     def _summed(self, values: Tensor) -> Tensor:
         return values.cpu().float().cumsum(0).to(values.device) if self.exact else values.cumsum(0)

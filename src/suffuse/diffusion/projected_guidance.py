@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,20 +20,22 @@ class AdaptiveProjectedGuidance(ClassifierFreeGuidance):
         parallel: How much of the difference counts that is parallel to the conditional prediction; 1 for all, 0 for none.
         longest: Differences are no longer than this; 0 for any length.
         momentum: How much of the differences of the steps before is added; below 0, to push away from them.
+        average: What is remembered of them.
     """
 
+    remembers: ClassVar[tuple[str, ...]] = ("average",)
     parallel: float = 1.0
     longest: float = 0.0
     momentum: float = 0.0
-    _average: Tensor | None = field(default=None, repr=False)
+    average: Tensor | None = field(default=None, repr=False)
 
     def difference(self, cond: Tensor, uncond: Tensor) -> Tensor:
         """What the scale multiplies."""
         axes = tuple(range(1, cond.ndim))
         difference = cond - uncond
         if self.momentum:
-            difference = difference if self._average is None else difference + self.momentum * self._average
-            self._average = difference
+            difference = difference if self.average is None else difference + self.momentum * self.average.to(difference)
+            self.average = difference
         if self.longest > 0:
             length = difference.norm(p=2, dim=axes, keepdim=True)
             difference = difference * torch.minimum(torch.ones_like(difference), self.longest / length)

@@ -4,6 +4,7 @@ inappropriate degeneration in diffusion models").
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -11,15 +12,23 @@ import torch
 from torch import Tensor
 
 from suffuse.diffusion.conditioning import Denoiser
+from suffuse.diffusion.guidance import Guidance, Text
 from suffuse.diffusion.loop import Step
+
+CONCEPT = (
+    "an image showing hate, harassment, violence, suffering, humiliation, harm, suicide, sexual, nudity, bodily fluids, blood, "
+    "obscene gestures, illegal activity, drug use, theft, vandalism, weapons, child abuse, brutality, cruelty"
+)
+"""What pictures are guided away from, if nothing else is said (appendix C of the paper)."""
 
 
 @dataclass
-class SafeGuidance:
+class SafeGuidance(Guidance):
     """Classifier-free guidance, and away from the concept that the branch "safety" is told, where a picture comes near it.
 
     Attributes:
         scale: The guidance scale; at 1 or below only the conditional branch is computed, and nothing is guided away from.
+        concept: What to keep away from: a text, one for each prompt, or what the text encoder makes of it.
         safety_scale: How soon the distance counts in full; at 1 or below there is no such branch.
         warmup: Steps before it counts.
         threshold: How far from the concept predictions must be to be left alone.
@@ -29,8 +38,8 @@ class SafeGuidance:
     """
 
     remembers: ClassVar[tuple[str, ...]] = ("momentum",)
-
     scale: float
+    concept: Text = CONCEPT
     safety_scale: float = 1000.0
     warmup: int = 10
     threshold: float = 0.01
@@ -44,6 +53,11 @@ class SafeGuidance:
         if self.scale <= 1:
             return ("cond",)
         return ("uncond", "cond", "safety") if self.safety_scale > 1 else ("uncond", "cond")
+
+    @property
+    def texts(self) -> Mapping[str, Text]:
+        """The concept, where it is asked for."""
+        return {"safety": self.concept} if "safety" in self.branches else {}
 
     def __call__(self, denoiser: Denoiser, step: Step) -> Tensor:
         """One prediction, of the shape of the latents."""

@@ -5,11 +5,10 @@ diffusion models using self-attention guidance").
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from suffuse.diffusion.attention_control import map_size, watching
 from suffuse.diffusion.conditioning import Denoiser
@@ -37,30 +36,38 @@ class SelfAttentionGuidance(ClassifierFreeGuidance):
     sag_scale: float = 0.75
     layer: str = "mid_block"
 
-    def watched_layer(self, model: Any, scheduler: SchedulerMixin) -> Attention:
+    def watched_layer(self, model: nn.Module) -> Attention:
         """The layer that is watched.
 
         Raises:
-            InputError: The model has none there, or the scheduler counts in timesteps between those of training.
+            InputError: The model has none there.
         """
-        if scheduler.timesteps.is_floating_point():
+        return blocks_below(model, [self.layer])[0].attn1
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise `InputError` unless the model has a layer to watch."""
+        self.watched_layer(model)
+
+    def check_scheduler(self, scheduler: SchedulerMixin) -> None:
+        """Raise `InputError` if the scheduler counts in timesteps between those of training."""
+        if self.sag_scale > 0 and scheduler.timesteps.is_floating_point():
             raise InputError(
                 f"self-attention guidance does not work with {type(scheduler).__name__}",
                 found=f"timesteps of {scheduler.timesteps.dtype}",
                 expected="whole timesteps",
                 remedy="use DDIMScheduler, PNDMScheduler, DDPMScheduler, DPMSolverMultistepScheduler or UniPCMultistepScheduler",
             )
-        return blocks_below(model, [self.layer])[0].attn1
 
     def __call__(self, denoiser: Denoiser, step: Step) -> Tensor:
         """One prediction, of the shape of the latents."""
         if self.sag_scale <= 0:
             return super().__call__(denoiser, step)
-        layer, seen = self.watched_layer(denoiser.model, denoiser.scheduler), list[Tensor]()
+        layer, seen = self.watched_layer(denoiser.model), list[Tensor]()
         denoiser = watching(denoiser, {layer: seen.append})
         predictions = denoiser(step, self.branches)
         weak = self.branches[0]
-        looked = looked_at(seen[0].chunk(len(self.branches))[0].unflatten(0, (-1, layer.heads)), step.latents)
+        attended = torch.cat([each.chunk(len(self.branches))[0] for each in seen])  # the model may be asked in several calls
+        looked = looked_at(attended.unflatten(0, (-1, layer.heads)), step.latents)
         blurred = blurred_where(looked, predictions[weak], step, denoiser.scheduler)
         worse = denoiser(step, (weak,), blurred)[weak]
         cond, uncond = predictions["cond"], predictions.get("uncond")

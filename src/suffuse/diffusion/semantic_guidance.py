@@ -4,7 +4,7 @@ using semantic guidance").
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from suffuse.diffusion.conditioning import Denoiser
+from suffuse.diffusion.guidance import Guidance, Text
 from suffuse.diffusion.loop import Step
+from suffuse.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Concept:
     """What a picture is edited by: a branch of its own, "edit_0", "edit_1" and so on.
 
     Attributes:
+        prompt: Its words, one text for all pictures or one for each prompt, or what the text encoder makes of them.
         scale: How far towards it.
         reverse: Away from it instead.
         warmup: Steps before it counts.
@@ -28,6 +31,7 @@ class Concept:
         weight: Of it among the others; below 0 as 0.
     """
 
+    prompt: Text
     scale: float = 5.0
     reverse: bool = False
     warmup: int = 10
@@ -48,7 +52,7 @@ class Concept:
 
 
 @dataclass
-class SemanticGuidance:
+class SemanticGuidance(Guidance):
     """Classifier-free guidance, and concepts on top of it.
 
     Attributes:
@@ -59,10 +63,12 @@ class SemanticGuidance:
         replayed: Edits of another run, (batch or 1, channels, rows, columns) for each step, to add.
         momentum: What is remembered of the edits so far.
         applied: The edit of each step so far, to be replayed in another run.
+
+    Raises:
+        InputError: There are concepts, and the scale asks for none.
     """
 
     remembers: ClassVar[tuple[str, ...]] = ("momentum", "applied")
-
     scale: float
     concepts: Sequence[Concept] = ()
     momentum_scale: float = 0.1
@@ -71,11 +77,22 @@ class SemanticGuidance:
     momentum: Tensor | None = field(default=None, repr=False)
     applied: list[Tensor] = field(default_factory=list[Tensor], repr=False)
 
+    def __post_init__(self) -> None:
+        if self.concepts and self.scale <= 1:
+            raise InputError(
+                f"concepts are given, and scale={self.scale} guides nothing", expected="a scale above 1, 7.5 for example"
+            )
+
     @property
     def branches(self) -> tuple[str, ...]:
         """Names of the branches, in batch order."""
         edits = (f"edit_{number}" for number in range(len(self.concepts)))
         return ("uncond", "cond", *edits) if self.scale > 1 else ("cond",)
+
+    @property
+    def texts(self) -> Mapping[str, Text]:
+        """The concepts, where they are asked for."""
+        return dict(zip(self.branches[2:], (concept.prompt for concept in self.concepts), strict=False))
 
     def __call__(self, denoiser: Denoiser, step: Step) -> Tensor:
         """One prediction, of the shape of the latents."""

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from suffuse.diffusion.conditioning import Denoiser
-from suffuse.diffusion.guidance import rescale_to
+from suffuse.diffusion.guidance import Guidance, rescale_to
 from suffuse.diffusion.loop import Step
 
 
 @dataclass
-class TwoScaleGuidance:
+class TwoScaleGuidance(Guidance):
     """From nothing towards the picture, and from there towards the text (equation 3).
 
     "cond" is told text and picture, "image" the picture alone, "uncond" neither.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from suffuse.diffusion.advance import GuidedStep
-from suffuse.diffusion.conditioning import Conditioning
+from suffuse.diffusion.conditioning import Denoiser, ManyTimes
 from suffuse.diffusion.loop import Step
 from suffuse.errors import InputError
 
@@ -44,61 +44,104 @@ def _starts(edge: int, size: int, stride: int) -> list[int]:
     return starts if starts[-1] == last else [*starts, last]
 
 
+@dataclass(frozen=True)
+class View:
+    """What lies in a window, of latents or of anything that goes over the whole of them: a picture, or features of it.
+
+    Attributes:
+        window: Where it lies.
+        size: Rows and columns of the latents.
+        circular: Whether it goes on at the other edge.
+    """
+
+    window: Window
+    size: tuple[int, int]
+    circular: bool = False
+
+    def place(self, height: int, width: int) -> tuple[slice, Tensor]:
+        """The rows and columns of the window in a map that goes over the whole.
+
+        Raises:
+            InputError: It begins or ends in the midst of one.
+        """
+        top, bottom, left, right = self.window
+        rows, columns = self.size
+        down = [_scaled(edge, height, rows) for edge in (top, min(bottom, rows))]
+        across = [_scaled(edge, width, columns) for edge in (left, right if self.circular else min(right, columns))]
+        return slice(*down), torch.arange(*across) % width
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """The part of a map (…, height, width) that the window shows."""
+        rows, columns = self.place(*values.shape[-2:])
+        return values[..., rows, :][..., columns.to(values.device)]
+
+
+def _scaled(edge: int, length: int, latents: int) -> int:
+    scaled, rest = divmod(edge * length, latents)
+    if rest:
+        raise InputError(
+            "a window begins or ends in the midst of a feature",
+            found=f"{edge} of {latents} latents, of which there are {length} features",
+            remedy="let height, width, window_size and stride be such that windows and features end together",
+        )
+    return scaled
+
+
 @dataclass
-class InEachWindow(Conditioning):
-    """The tensors of a run for several windows at once: each window is told the same."""
+class WindowedDenoiser(Denoiser):
+    """Predict what lies in windows, a few of them in each call of the model.
 
-    windows: int = 1
+    Attributes:
+        views: The windows, in the order in which they are in the latents of a step.
+        at_once: How many the model sees in one call.
+    """
 
-    def select(self, name: str, branches: tuple[str, ...]) -> Tensor:
-        """The rows of `name` that belong to `branches`, in their order; in a branch, once for each window."""
-        parts = super().select(name, branches).chunk(len(branches))
-        return torch.cat([part for part in parts for _ in range(self.windows)])
+    views: Sequence[View] = ()
+    at_once: int = 1
+
+    def __call__(self, step: Step, branches: tuple[str, ...], latents: Tensor | None = None) -> dict[str, Tensor]:
+        """Predictions by branch for all windows, (windows · batch, channels, rows, columns)."""
+        seen, told = step.latents if latents is None else latents, self.conditioning
+        groups = [self.views[start : start + self.at_once] for start in range(0, len(self.views), self.at_once)]
+        made = [
+            Denoiser(self.model, self.scheduler, ManyTimes(told.batch, told.layout, told.tensors, group), self.conditioners)(
+                step, branches, part
+            )
+            for group, part in zip(groups, seen.split(self.at_once * told.batch), strict=True)
+        ]
+        return {branch: torch.cat([each[branch] for each in made]) for branch in branches}
 
 
 @dataclass
 class WindowedStep(GuidedStep):
     """Predict in each window, step in each, and let the mean be the latents of the next timestep (equation 5).
 
-    All windows take one step of the scheduler together, so what a solver remembers is remembered for each.
+    All windows take one step of the scheduler together, and are guided together: what a solver or a guidance remembers is
+    remembered for each.
 
     Attributes:
-        windows: Where they lie.
+        views: The windows.
         at_once: How many the model sees in one call.
-        circular: Whether they go on at the other edge.
     """
 
-    windows: Sequence[Window] = field(default_factory=list[Window])
+    views: Sequence[View] = ()
     at_once: int = 1
-    circular: bool = False
 
     def __call__(self, step: Step) -> Tensor:
         """The latents of the next timestep."""
-        places = [self._place(window, step.latents) for window in self.windows]
-        seen = torch.cat([step.latents[:, :, rows][:, :, :, columns] for rows, columns in places])
-        batch = len(step.latents)
-        groups = seen.split(self.at_once * batch)
-        prediction = torch.cat(
-            [self.guidance(self._denoiser(len(group) // batch), replace(step, latents=group)) for group in groups]
-        )
+        seen = torch.cat([view(step.latents) for view in self.views])
+        denoiser = WindowedDenoiser(**vars(self.denoiser), views=self.views, at_once=self.at_once)
+        prediction = self.guidance(denoiser, replace(step, latents=seen))
         stepped = self.scheduler.step(prediction, step.timestep, seen, **self._options(), return_dict=False)[0]
         total, count = torch.zeros_like(step.latents), torch.zeros_like(step.latents[:1, :1])
-        for (rows, columns), view in zip(places, stepped.chunk(len(places)), strict=True):
-            total[:, :, rows].index_add_(3, columns, view)
-            count[:, :, rows].index_add_(3, columns, torch.ones_like(view[:1, :1]))
+        for view, part in zip(self.views, stepped.chunk(len(self.views)), strict=True):
+            rows, columns = view.place(*total.shape[-2:])
+            columns = columns.to(total.device)
+            total[:, :, rows].index_add_(3, columns, part)
+            count[:, :, rows].index_add_(3, columns, torch.ones_like(part[:1, :1]))
         return total / count
-
-    def _place(self, window: Window, latents: Tensor) -> tuple[slice, Tensor]:
-        top, bottom, left, right = window
-        edge = latents.shape[3]
-        columns = torch.arange(left, right if self.circular else min(right, edge), device=latents.device) % edge
-        return slice(top, bottom), columns
-
-    def _denoiser(self, count: int) -> Any:
-        told = self.denoiser.conditioning
-        return replace(self.denoiser, conditioning=InEachWindow(told.batch, told.layout, told.tensors, count))
 
     def _options(self) -> dict[str, Any]:
         """Options of the scheduler's step; where each picture has a source of noise, each of its windows draws from it."""
         sources = self.options.get("generator")
-        return self.options | ({"generator": sources * len(self.windows)} if isinstance(sources, list) else {})
+        return self.options | ({"generator": sources * len(self.views)} if isinstance(sources, list) else {})

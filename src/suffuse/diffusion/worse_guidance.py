@@ -7,7 +7,6 @@ The worse model is another one, or the same with a part of it out of use: attent
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,10 +14,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from suffuse.diffusion.conditioning import Denoiser, ModelCall
-from suffuse.diffusion.guidance import ClassifierFreeGuidance, rescale_to
+from suffuse.diffusion.guidance import ClassifierFreeGuidance, Guidance, rescale_to
 from suffuse.diffusion.loop import Step
 from suffuse.errors import InputError
-from suffuse.layers.transformer import BasicTransformerBlock
+from suffuse.layers.transformer import TransformerBlock
 
 Worsening = Callable[[nn.Module], Mapping[str, Any]]
 """From a model to what its call must be told, among `cross_attention_kwargs`, to be worse."""
@@ -54,16 +53,16 @@ class Skipped:
         return {"skipped": frozenset(blocks_below(model, self.layers))}
 
 
-def blocks_below(model: nn.Module, names: Sequence[str]) -> list[BasicTransformerBlock]:
+def blocks_below(model: nn.Module, names: Sequence[str]) -> list[TransformerBlock]:
     """The transformer blocks whose names begin so.
 
     Raises:
         InputError: There are none below one of the names.
     """
-    blocks = {name: block for name, block in model.named_modules() if isinstance(block, BasicTransformerBlock)}
+    blocks = {name: block for name, block in model.named_modules() if isinstance(block, TransformerBlock)}
     for name in names:
         if not any(f"{block}.".startswith(f"{name}.") for block in blocks):
-            known = sorted({block.rpartition(".transformer_blocks")[0] for block in blocks})
+            known = sorted({block.rpartition(".transformer_blocks")[0] or block for block in blocks})
             raise InputError(f"no transformer block is below {name!r}", expected=", ".join(known))
     return [block for own, block in blocks.items() if any(f"{own}.".startswith(f"{name}.") for name in names)]
 
@@ -79,6 +78,10 @@ class WorseGuidance(ClassifierFreeGuidance):
 
     worse_scale: float = 3.0
     worsening: Worsening = Unattended()
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise `InputError` unless the model has the part."""
+        self.worsening(model)
 
     def __call__(self, denoiser: Denoiser, step: Step) -> Tensor:
         """One prediction, of the shape of the latents."""
@@ -96,22 +99,17 @@ class WorseGuidance(ClassifierFreeGuidance):
 
 
 @dataclass
-class AutoGuidance:
+class AutoGuidance(Guidance):
     """From what a worse model says through what the model says (equation 3).
 
     Attributes:
         scale: How far.
         worse: A smaller model, or one that was trained for less time, that is called in the same way, where the pipeline
             computes and in its type. What was loaded onto the model, it has not.
-        rescale: Not for it; 0.
     """
 
     scale: float
     worse: nn.Module
-    rescale: float = 0.0
-
-    def __deepcopy__(self, memory: dict[int, Any]) -> AutoGuidance:
-        return copy.copy(self)  # a run has a guidance of its own, but models are shared
 
     @property
     def branches(self) -> tuple[str, ...]:

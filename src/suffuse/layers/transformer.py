@@ -71,7 +71,17 @@ class FeedForward(nn.Module):
         return hidden_states
 
 
-class BasicTransformerBlock(Recomputable):
+class TransformerBlock(Recomputable):
+    """A block with self-attention; it does nothing in a call that says so, in `skipped` among the options of attention.
+
+    Attributes:
+        attn1: The self-attention.
+    """
+
+    attn1: Attention
+
+
+class BasicTransformerBlock(TransformerBlock):
     """Self-attention, cross-attention and a feed-forward layer, each after normalisation and added to its input.
 
     Args:

@@ -22,7 +22,7 @@ from suffuse.checkpoints.layout import SAFETENSORS
 from suffuse.checkpoints.reading import Source, load_plain
 from suffuse.checkpoints.weights import first_names
 from suffuse.conversion.ip_adapter import Keys, flat, in_order, read_keys
-from suffuse.errors import AdapterError, CorruptFileError, InputError
+from suffuse.errors import AdapterError, CorruptFileError, InputError, WeightsMismatchError
 from suffuse.hub.options import HubOptions
 from suffuse.layers.attention import Attention
 from suffuse.layers.image_attention import ImagePrompt
@@ -90,12 +90,14 @@ class ImageAdapters:
         model: The UNet.
         adapters: In the order in which what they say is added.
         scales: How much of each.
+        asked: The same, as it was asked for.
         low_rank: Names of the low-rank adapters that came with them.
     """
 
     model: Any
     adapters: list[ImageAdapter]
     scales: list[Scale]
+    asked: Any = 1.0
     low_rank: list[str] = field(default_factory=list[str])
 
     def prompts(
@@ -182,15 +184,17 @@ def read_adapter(given: Given, choice: Choice, options: HubOptions, model: Any) 
 
     Raises:
         AdapterError: It is for another UNet, of an unknown kind, or not whole; with the numbers.
+        WeightsMismatchError: A tensor holds other than floating point numbers.
         NonFiniteError: A tensor holds NaN or infinity.
         CorruptFileError: The file is damaged.
     """
     source = _opened(given, choice, options)
     adapter = _fitted(source, model)
     device = torch.device("cpu") if model.device.type == "meta" else model.device
-    stored = source.tensors
-    types = {key: own.dtype if own.dtype.is_floating_point else torch.float32 for key, own in stored.items()}
-    adapter.tensors = {key: torch.empty(own.shape, dtype=types[key], device=device) for key, own in stored.items()}
+    for key, own in source.tensors.items():
+        if not own.dtype.is_floating_point:
+            raise WeightsMismatchError(f"{source.where}: {key} is no weight", found=own.dtype, expected="floating point numbers")
+    adapter.tensors = {key: torch.empty(own.shape, dtype=own.dtype, device=device) for key, own in source.tensors.items()}
     source.fill(adapter.tensors)
     return adapter
 

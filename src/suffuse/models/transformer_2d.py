@@ -14,8 +14,7 @@ from suffuse.configuration import ConfigMixin, register_to_config
 from suffuse.errors import ConfigError, InputError
 from suffuse.layers.attention import Attention
 from suffuse.layers.embeddings import TimestepEmbedding, Timesteps
-from suffuse.layers.gradient_checkpointing import Recomputable
-from suffuse.layers.transformer import FeedForward
+from suffuse.layers.transformer import FeedForward, TransformerBlock
 from suffuse.models.attention_services import AttentionServices
 from suffuse.models.model import ModelMixin
 from suffuse.models.sizes import require_positive
@@ -119,7 +118,7 @@ class AdaLayerNormZero(nn.Module):
         return self.norm(tokens) * (1 + scale) + shift, tuple(further)
 
 
-class AdaptiveBlock(Recomputable):
+class AdaptiveBlock(TransformerBlock):
     """Self-attention and a feed-forward layer under a timestep and a class."""
 
     def __init__(
@@ -133,6 +132,8 @@ class AdaptiveBlock(Recomputable):
 
     def forward(self, tokens: Tensor, timestep: Tensor, labels: Tensor, options: dict[str, Any]) -> Tensor:
         """Map (batch, tokens, width) to the same."""
+        if self in options.get("skipped", ()):
+            return tokens
         normalised, (gate, shift, scale, feed_gate) = self.norm1(tokens, timestep, labels)
         tokens = gate * self.attn1(normalised, **options) + tokens
         return feed_gate * self.ff(self.norm3(tokens) * (1 + scale) + shift) + tokens

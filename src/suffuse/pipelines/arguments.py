@@ -19,9 +19,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from suffuse.diffusion.guidance import Guidance
 from suffuse.errors import InputError, LimitError, UnknownArgumentError, nearest, unknown_argument
 from suffuse.noise import CounterNoise, Source, fresh
-from suffuse.pipelines.saved_run import RunWriter, SavedRun
+from suffuse.pipelines.saved_run import PICTURES, RunWriter, SavedRun
 from suffuse.processing.image import MAX_PIXELS, check_output_type
 
 _Call = TypeVar("_Call", bound=Callable[..., Any])
@@ -195,18 +196,18 @@ def each(check: Check) -> Check:
 def guides(name: str, value: Any) -> None:
     """Something that asks for branches and combines their predictions, with finite numbers, as has what it holds."""
     try:
-        known = not isinstance(value, type) and callable(value) and isinstance(cast(Any, value).branches, tuple)
+        known = isinstance(value, Guidance) and isinstance(cast(Any, value).branches, tuple)
     except (AttributeError, TypeError, ValueError):  # of numbers that are none, or of nothing to ask
         known = False
     if not known:
-        expected = "a value of suffuse.diffusion.guidance, ClassifierFreeGuidance(7.5) for example"
+        expected = "a suffuse.diffusion.guidance.Guidance, ClassifierFreeGuidance(7.5) for example"
         raise InputError(f"{name} combines no predictions", found=_shown(value), expected=expected)
     for key, held in getattr(value, "__dict__", {}).items():
         if isinstance(held, (int, float)) and not _finite(held):
             raise InputError(f"{name}.{key}={held} is out of range", expected="a finite number")
         if key == "rescale":
             number(0, 1)(f"{name}.{key}", held)
-        if hasattr(held, "branches"):
+        if isinstance(held, Guidance):
             guides(f"{name}.{key}", held)
 
 
@@ -439,8 +440,8 @@ ARGUMENTS: dict[str, Argument] = {
     "jump_length": Argument("How many timesteps a jump goes back up.", whole(1)),
     "jump_n_sample": Argument("How often the timesteps of a jump are gone through.", whole(1)),
     # ---- the subject of a picture
-    "reference_image": Argument("PIL: a picture of the subject, or one for each prompt."),
-    "condtioning_image": Argument("PIL: what the ControlNet sees, one for all prompts or one for each."),
+    "reference_image": Argument("A picture of the subject, or one for each prompt."),
+    "condtioning_image": Argument("What the ControlNet sees, one for all prompts or one for each."),
     "source_subject_category": Argument('What the subject of `reference_image` is, "dog" say; one for each prompt.', texts),
     "target_subject_category": Argument("What it is to become; one for each prompt.", texts),
     "neg_prompt": Argument("What no picture should show; a text.", optional(is_a(str, spelled="a text"))),
@@ -662,10 +663,15 @@ def one_for_each(name: str, value: Any, count: int, what: str) -> list[float]:
     return cast(list[float], value) if isinstance(value, list) else [value] * count
 
 
+def predictor(pipe: Any) -> Any:
+    """The model of a pipeline that predicts."""
+    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+
+
 def check_place(name: str, model: Any, pipe: Any) -> None:
     """Raise `InputError` if a model computes in another type than the UNet, or one that came with the call elsewhere."""
-    if model.dtype != pipe.unet.dtype:
-        types = f"{model.dtype} and {pipe.unet.dtype}"
+    if model.dtype != predictor(pipe).dtype:
+        types = f"{model.dtype} and {predictor(pipe).dtype}"
         raise InputError(f"{name} and UNet compute in two types", found=types, remedy="pipe.to(…) with one for all")
     held = any(model is own for own in pipe._modules_by_name.values())  # an offloaded one waits elsewhere, and comes
     if not held and model.device != pipe._execution_device:
@@ -722,8 +728,12 @@ def begun_run(pipe: Any, given: dict[str, Any]) -> SavedRun | None:
     for name in [name for name in INSTEAD if given.get(name, run) is None]:
         del given[name]  # None beside what the run has says nothing
     dropped = {INSTEAD[name] for name in given if name in INSTEAD}
+    # A value that is passed has its own numbers; what it remembers is in a run that was guided by one of its kind.
+    known = {} if given.get("guidance") is not None and not run.guided_by else run.guidance
+    guidance = {name: value for name, value in known.items() if f"guidance_{name}" not in given}
+    if given.keys() & {*PICTURES}:
+        dropped |= {*PICTURES} | ({"ip_adapter_scale"} if all(given.get(name) is None for name in PICTURES) else set[str]())
     kept = {name: copied(value) for name, value in run.arguments.items() if name not in dropped}
-    guidance = {name: value for name, value in run.guidance.items() if f"guidance_{name}" not in given}
     states = [] if given.keys() & {"seed", "generator"} else run.generators
     return replace(run, arguments=kept, generators=states, guidance=guidance)
 
@@ -806,6 +816,8 @@ def recipe(call: _Call) -> _Call:
         check_callback_names(self, arguments)
         count = self.pictures_of(arguments)
         arguments["seed"] = seed_of(arguments, count)
+        if begun is not None:
+            begun.check_call(self, arguments)
         writer = RunWriter.of(self, arguments)
         arguments["generator"] = sources_of_noise(arguments, count)
         with self.running(arguments) as run, torch.no_grad():

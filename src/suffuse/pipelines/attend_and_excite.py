@@ -23,7 +23,7 @@ from suffuse.pipelines.stable_diffusion.drawing import Drawing
 from suffuse.processing.image import ImageInput
 
 if TYPE_CHECKING:
-    from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
     from typing_extensions import Unpack
 
     from suffuse.models.autoencoder_kl import AutoencoderKL
@@ -35,9 +35,6 @@ if TYPE_CHECKING:
 class StableDiffusionAttendAndExcitePipeline(Drawing):
     """Pictures from prompts, in which each word that is named is to be seen."""
 
-    model_cpu_offload_seq = "text_encoder->unet->vae"
-    _optional_components = ["safety_checker", "feature_extractor"]
-
     def __init__(
         self,
         vae: AutoencoderKL,
@@ -48,8 +45,9 @@ class StableDiffusionAttendAndExcitePipeline(Drawing):
         safety_checker: StableDiffusionSafetyChecker | None,
         feature_extractor: CLIPImageProcessor | None,
         requires_safety_checker: bool = True,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
     ) -> None:
-        checker = (safety_checker, feature_extractor, None, requires_safety_checker)
+        checker = (safety_checker, feature_extractor, image_encoder, requires_safety_checker)
         super().__init__(vae, text_encoder, tokenizer, unet, scheduler, *checker)
 
     @recipe

@@ -15,15 +15,15 @@ from suffuse.diffusion.cycle import CycleStep, SourceAndTarget
 from suffuse.errors import InputError
 from suffuse.noise import Generators, Seeds, randn_tensor
 from suffuse.pipelines.arguments import recipe
-from suffuse.pipelines.features import Pictures
+from suffuse.pipelines.features import BesidePicture
 from suffuse.pipelines.saved_run import SavedRun
 from suffuse.pipelines.sides import encode_sides, per_branch
 from suffuse.pipelines.stable_diffusion.base import StableDiffusionBase
-from suffuse.processing.image import ImageInput
+from suffuse.processing.image import Frame, ImageInput
 from suffuse.schedulers.ddim import DDIMScheduler
 
 if TYPE_CHECKING:
-    from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
     from typing_extensions import Unpack
 
     from suffuse.models.autoencoder_kl import AutoencoderKL
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 class CycleDiffusionPipeline(StableDiffusionBase):
     """Pictures from a picture, a prompt that tells what it shows, and one that tells what it should show."""
 
-    model_cpu_offload_seq = "text_encoder->unet->vae"
-    _optional_components = ["safety_checker", "feature_extractor"]
     _callback_tensor_inputs = ["latents", "prompt_embeds"]
     _scheduler_settings = {"steps_offset": 1}
 
@@ -49,8 +47,9 @@ class CycleDiffusionPipeline(StableDiffusionBase):
         safety_checker: StableDiffusionSafetyChecker | None,
         feature_extractor: CLIPImageProcessor | None,
         requires_safety_checker: bool = True,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
     ) -> None:
-        checker = (safety_checker, feature_extractor, None, requires_safety_checker)
+        checker = (safety_checker, feature_extractor, image_encoder, requires_safety_checker)
         super().__init__(vae, text_encoder, tokenizer, unet, scheduler, *checker)
 
     def check_call(self, arguments: dict[str, Any]) -> None:
@@ -88,7 +87,7 @@ class CycleDiffusionPipeline(StableDiffusionBase):
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
-        **values: Unpack[Pictures],
+        **values: Unpack[BesidePicture],
     ) -> Any:
         """Redraw pictures as prompts say, and keep what both prompts leave as it is.
 
@@ -100,8 +99,9 @@ class CycleDiffusionPipeline(StableDiffusionBase):
             NonFiniteError: The numbers overflowed; says where, and what to do.
         """
         run = self._run
-        run.guidance = guidance = SourceAndTarget(guidance_scale, source_scale=source_guidance_scale)
+        run.guidance = guidance = SourceAndTarget(self.guidance_for(guidance_scale), source_guidance_scale)
         pictures = self.image_processor.preprocess(image)
+        further = self.further(Frame(*self.size_of(pictures)))
         way, steps = self.way()
         told = self.encode_both()
         batch, dtype = told.batch // 2, self.unet.dtype
@@ -109,7 +109,7 @@ class CycleDiffusionPipeline(StableDiffusionBase):
         noise = randn_tensor(clean.shape, generator, self._execution_device, dtype)
         guidance.source = run.scheduler.add_noise(clean, noise, way[:1].repeat(batch))
         advance = partial(CycleStep, clean=clean)
-        made = self.denoise(self.unet, told, guidance.source, way, steps, self.conditioners(told), advance=advance)
+        made = self.denoise(self.unet, told, guidance.source, way, steps, [*self.conditioners(told), *further], advance=advance)
         return self.finish(made, dtype)
 
     def encode_both(self) -> Conditioning:

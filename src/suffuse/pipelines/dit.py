@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from suffuse.diffusion.advance import guided_step_of
 from suffuse.diffusion.conditioning import Conditioning, Denoiser, ModelCall
 from suffuse.diffusion.decoders import decode
 from suffuse.diffusion.guidance import ClassifierFreeGuidance
@@ -17,36 +17,27 @@ from suffuse.diffusion.loop import Step
 from suffuse.errors import InputError, nearest
 from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
+from suffuse.pipelines.features import Guided, check_features, guidance_of
 from suffuse.pipelines.pipeline import DiffusionPipeline
 from suffuse.pipelines.saved_run import SavedRun
 from suffuse.pipelines.unconditional.base import noise_for, result
 from suffuse.pipelines.unconditional.classes import checked_classes
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from suffuse.models.autoencoder_kl import AutoencoderKL
     from suffuse.models.transformer_2d import DiTTransformer2DModel, Transformer2DModel
     from suffuse.schedulers.scheduler import SchedulerMixin
 
 
-@dataclass
-class GuidanceOfMeans(ClassifierFreeGuidance):
-    """Classifier-free guidance of models that predict a variance behind the mean; the variance is not used.
+class Means(Denoiser):
+    """Predictions of a model that says a variance behind the mean, without the variance, which is not used."""
 
-    Attributes:
-        channels: Of the mean.
-    """
-
-    channels: int = 4
-
-    @property
-    def branches(self) -> tuple[str, ...]:
-        """Names of the branches, in batch order."""
-        return super().branches[::-1]
-
-    def __call__(self, denoiser: Denoiser, step: Step) -> Tensor:
-        """One prediction, of the shape of the latents."""
-        predictions = denoiser(step, self.branches)
-        return self.combine({branch: made[:, : self.channels] for branch, made in predictions.items()})
+    def __call__(self, step: Step, branches: tuple[str, ...], latents: Tensor | None = None) -> dict[str, Tensor]:
+        """Predictions by branch, for the latents of the step or those given instead."""
+        made = super().__call__(step, branches[::-1], latents)  # in the order of the peer, whose last bits depend on it
+        return {branch: made[branch][:, : (step.latents if latents is None else latents).shape[1]] for branch in branches}
 
 
 def classes(call: ModelCall, step: Step) -> None:
@@ -101,6 +92,7 @@ class DiTPipeline(DiffusionPipeline):
         if not isinstance(given, (list, Tensor)) or not len(given):
             raise InputError("class_labels must be a list of classes", found=given, expected="whole numbers, one a picture")
         checked_classes(given, self.transformer.config.num_embeds_ada_norm, len(given))
+        check_features(self, arguments)
 
     def pictures_of(self, arguments: dict[str, Any]) -> int:
         """One for each class."""
@@ -120,6 +112,7 @@ class DiTPipeline(DiffusionPipeline):
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
+        **values: Unpack[Guided],
     ) -> Any:
         """Draw a picture of each class.
 
@@ -131,7 +124,7 @@ class DiTPipeline(DiffusionPipeline):
             NonFiniteError: The numbers overflowed; says where.
         """
         run, config, device = self._run, self.transformer.config, self._execution_device
-        run.guidance = GuidanceOfMeans(guidance_scale, channels=config.in_channels)
+        run.guidance = guidance_of(self, ClassifierFreeGuidance(guidance_scale))
         steps = run.set_timesteps(device)
         wanted = torch.as_tensor(class_labels, device=device)
         told = {"cond": wanted, "uncond": torch.full_like(wanted, config.num_embeds_ada_norm)}
@@ -139,7 +132,8 @@ class DiTPipeline(DiffusionPipeline):
         conditioning = Conditioning(len(wanted), run.guidance.branches, {"class_labels": labels})
         noise = noise_for(self, (len(wanted), config.in_channels, *[config.sample_size] * 2), self.transformer.dtype)
         noise = noise * run.scheduler.init_noise_sigma
-        latents = self.denoise(self.transformer, conditioning, noise, run.scheduler.timesteps, steps, [classes])
+        way, advance = run.scheduler.timesteps, guided_step_of(Means)
+        latents = self.denoise(self.transformer, conditioning, noise, way, steps, [classes], advance=advance)
         if output_type == "latent":
             return result(self, latents)
         return result(self, decode(self.vae, 1 / self.vae.config.scaling_factor * latents))

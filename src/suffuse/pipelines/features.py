@@ -16,8 +16,7 @@ from suffuse.diffusion.conditioning import Conditioner
 from suffuse.errors import InputError
 from suffuse.models.controlnet import ControlNetModel, MultiControlNetModel
 from suffuse.models.t2i_adapter import MultiAdapter, T2IAdapter
-from suffuse.models.unet_2d_condition import UNet2DConditionModel
-from suffuse.pipelines.arguments import ARGUMENTS, check_place
+from suffuse.pipelines.arguments import ARGUMENTS, check_place, predictor
 from suffuse.pipelines.controlnet.controls import controls, one_model
 from suffuse.pipelines.gligen.boxes import check_boxes, grounding
 from suffuse.pipelines.t2i_adapter.adapters import adapter_features, one_adapter
@@ -92,7 +91,11 @@ class BesideAdapter(Controls, Pictures, Boxes, Guided, total=False):
 
 
 class BesideBoxes(Controls, Adapters, Pictures, Guided, total=False):
-    """For pipelines that are told boxes anyway."""
+    """For pipelines that are told boxes anyway, or whose calls hold several parts or steps, which boxes are not told of."""
+
+
+class BesideGuidance(Controls, Adapters, Pictures, Boxes, total=False):
+    """For pipelines whose guidance is their own."""
 
 
 class BesidePicture(Controls, Adapters, Pictures, Boxes, Guided, total=False):
@@ -114,6 +117,10 @@ EXCLUSIVE: Mapping[str, str] = {
     "image tokens": "pictures to take after are said once",
 }
 """Places that one feature alone can write, and why."""
+
+
+TOLD_BY_PROMPTS = ("uncond", "cond")
+"""Branches of guidance that every pipeline tells: what the prompts say, and what they should not show."""
 
 
 @dataclass(frozen=True)
@@ -158,13 +165,24 @@ def _adapters(pipe: Any, frame: Frame) -> Sequence[Conditioner]:
     return [adapter_features(pipe, one_adapter(pipe._run.arguments["adapter"]), "adapter_image", frame)]
 
 
-def _check_worse(pipe: Any, arguments: Mapping[str, Any]) -> None:
-    """Raise `InputError` unless the worse model of a guidance, if it has one, is a UNet like the pipeline's, and beside it."""
-    worse = getattr(arguments["guidance"], "worse", None)
+def _check_guidance(pipe: Any, arguments: Mapping[str, Any]) -> None:
+    """Raise `InputError` unless a guidance can guide the model; its worse one, if any, is one like it, and beside it."""
+    guidance, model = arguments["guidance"], predictor(pipe)
+    if guidance.texts and not getattr(pipe, "_told_by_text", ()):
+        found, expected = ", ".join(guidance.texts), "a guidance that is told nothing but the prompts"
+        raise InputError(f"guidance has texts of its own, and {type(pipe).__name__} reads none", found=found, expected=expected)
+    unknown = {*guidance.branches} - {*TOLD_BY_PROMPTS, *guidance.texts}
+    if unknown:
+        raise InputError(
+            "guidance asks for a branch that nothing is told", found=min(unknown), expected=", ".join(TOLD_BY_PROMPTS)
+        )
+    guidance.check_model(model)
+    worse = getattr(guidance, "worse", None)
     if worse is None:
         return
-    if not isinstance(worse, UNet2DConditionModel) or worse.config.in_channels != pipe.unet.config.in_channels:
-        raise InputError("the worse model is no UNet like the pipeline's", found=type(worse).__name__)
+    kind = type(getattr(model, "_orig_mod", model))  # of one that is compiled
+    if not isinstance(worse, kind) or worse.config.in_channels != model.config.in_channels:
+        raise InputError(f"the worse model is no {kind.__name__} like the pipeline's", found=type(worse).__name__)
     check_place("guidance.worse", worse, pipe)
     if any(arguments.get(name) is not None for name in ("ip_adapter_image", "ip_adapter_image_embeds")):
         raise InputError("a worse model looks at no pictures, and an IP-Adapter shows some", remedy="leave out one of the two")
@@ -217,13 +235,13 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "GLIGEN",
         "gligen_boxes",
-        needs={"gligen_phrases": (str,)},
+        needs={"gligen_phrases": (object,)},
         settings=("gligen_scheduled_sampling_beta",),
         writes=frozenset({"attention"}),
-        ready=lambda pipe, arguments: check_boxes(arguments),
+        ready=check_boxes,
         values=_boxes,
     ),
-    Feature("guidance", "guidance", ready=_check_worse, writes=frozenset({"branches"})),
+    Feature("guidance", "guidance", ready=_check_guidance, writes=frozenset({"branches"})),
     Feature("LoRA", "load_lora_weights", writes=frozenset({"weights"})),
     Feature("textual inversion", "load_textual_inversion", writes=frozenset({"tokens"})),
     Feature("FreeU", "enable_freeu", writes=frozenset({"skip connections"})),
@@ -244,6 +262,12 @@ def asked_features(pipe: Any, arguments: Mapping[str, Any]) -> list[Feature]:
 def values_of(pipe: Any, frame: Frame) -> list[Conditioner]:
     """What the UNet sees of the features that a call asks for by values."""
     return [value for feature in asked_features(pipe, pipe._run.arguments) for value in feature.values(pipe, frame)]
+
+
+def guidance_of(pipe: Any, own: Guidance) -> Guidance:
+    """How a call is guided: as it says, with what that remembers for this run alone; or as the pipeline does, if it does not."""
+    given: Guidance | None = pipe._run.arguments.get("guidance")
+    return own if given is None else given.fork()
 
 
 def check_features(pipe: Any, arguments: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ from suffuse.pipelines.stable_diffusion.painting import check_aspects
 from suffuse.processing.image import Frame, ImageInput, VaeImageProcessor
 
 if TYPE_CHECKING:
-    from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
     from typing_extensions import Unpack
 
     from suffuse.models.autoencoder_kl import AutoencoderKL
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 class StableDiffusionInpaintPipelineLegacy(StableDiffusionBase):
     """Pictures painted anew where a mask is white; where it is gray, in part."""
 
-    model_cpu_offload_seq = "text_encoder->unet->vae"
-    _optional_components = ["safety_checker", "feature_extractor"]
     mask_processor = VaeImageProcessor(vae_scale_factor=1, resample="nearest", do_normalize=False, do_convert_grayscale=True)
 
     def __init__(
@@ -47,8 +45,9 @@ class StableDiffusionInpaintPipelineLegacy(StableDiffusionBase):
         safety_checker: StableDiffusionSafetyChecker | None,
         feature_extractor: CLIPImageProcessor | None,
         requires_safety_checker: bool = True,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
     ) -> None:
-        checker = (safety_checker, feature_extractor, None, requires_safety_checker)
+        checker = (safety_checker, feature_extractor, image_encoder, requires_safety_checker)
         super().__init__(vae, text_encoder, tokenizer, unet, scheduler, *checker)
 
     def check_call(self, arguments: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from suffuse.pipelines.stable_diffusion.drawing import Drawing
 from suffuse.processing.image import ImageInput
 
 if TYPE_CHECKING:
-    from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
     from typing_extensions import Unpack
 
     from suffuse.models.autoencoder_kl import AutoencoderKL
@@ -39,9 +39,6 @@ class StableDiffusionModelEditingPipeline(Drawing):
     The UNet itself is edited: pipelines that share it draw with it too, and `save_pretrained` writes it as it then is.
     """
 
-    model_cpu_offload_seq = "text_encoder->unet->vae"
-    _optional_components = ["safety_checker", "feature_extractor"]
-
     def __init__(
         self,
         vae: AutoencoderKL,
@@ -54,8 +51,9 @@ class StableDiffusionModelEditingPipeline(Drawing):
         requires_safety_checker: bool = True,
         with_to_k: bool = True,
         with_augs: list[str] = BEGINNINGS,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
     ) -> None:
-        checker = (safety_checker, feature_extractor, None, requires_safety_checker)
+        checker = (safety_checker, feature_extractor, image_encoder, requires_safety_checker)
         super().__init__(vae, text_encoder, tokenizer, unet, scheduler, *checker)
         check_type(type(self).__name__, "with_to_k", with_to_k, bool)
         self.register_to_config(with_to_k=with_to_k, with_augs=list(with_augs))

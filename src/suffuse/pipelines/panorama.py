@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from suffuse.adapters.ip_adapter import MASKS
+from suffuse.diffusion.adapter_features import features_of
 from suffuse.diffusion.decoders import decode
-from suffuse.diffusion.windows import Window, WindowedStep, windows
+from suffuse.diffusion.windows import View, Window, WindowedStep, windows
 from suffuse.errors import InputError
 from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
-from suffuse.pipelines.features import Pictures
+from suffuse.pipelines.features import BesideBoxes
 from suffuse.pipelines.saved_run import SavedRun
 from suffuse.pipelines.stable_diffusion.base import StableDiffusionBase
-from suffuse.processing.image import ImageInput
+from suffuse.processing.image import Frame, ImageInput
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -63,7 +65,7 @@ class StableDiffusionPanoramaPipeline(StableDiffusionBase):
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
-        **values: Unpack[Pictures],
+        **values: Unpack[BesideBoxes],
     ) -> Any:
         """Draw what prompts say.
 
@@ -78,13 +80,19 @@ class StableDiffusionPanoramaPipeline(StableDiffusionBase):
         if MASKS in (cross_attention_kwargs or {}):
             raise InputError(f"{MASKS} say where in a picture, and a panorama is seen in windows", remedy="leave them out")
         run.guidance = self.guidance_for(guidance_scale, guidance_rescale)
+        size = self.default_size(height, width)
+        further = self.further(Frame(*size))
         way, steps = self.way()
         conditioning = self.encode()
-        shape = self.latent_shape(conditioning.batch, *self.default_size(height, width))
+        shape = self.latent_shape(conditioning.batch, *size)
         places = windows(*shape[2:], window_size, stride, circular_padding)
+        views = [View(place, shape[2:], circular_padding) for place in places]
+        for view, features in product(views, features_of(further)):
+            view.place(*features.shape[-2:])  # refused before noise is drawn
         noisy = self.make_noise(shape, self.unet.dtype) * run.scheduler.init_noise_sigma
-        advance = partial(WindowedStep, windows=places, at_once=view_batch_size, circular=circular_padding)
-        made = self.denoise(self.unet, conditioning, noisy, way, steps, self.conditioners(conditioning), advance=advance)
+        advance = partial(WindowedStep, views=views, at_once=view_batch_size)
+        told = [*self.conditioners(conditioning), *further]
+        made = self.denoise(self.unet, conditioning, noisy, way, steps, told, advance=advance)
         return self.finish(made, self.unet.dtype)
 
     def get_views(

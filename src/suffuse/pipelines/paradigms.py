@@ -15,13 +15,13 @@ from suffuse.diffusion.parallel import PicardStep, Settling, noise_of_steps, var
 from suffuse.errors import InputError
 from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
-from suffuse.pipelines.features import Pictures
+from suffuse.pipelines.features import BesideBoxes
 from suffuse.pipelines.saved_run import SavedRun
 from suffuse.pipelines.stable_diffusion.base import StableDiffusionBase
-from suffuse.processing.image import ImageInput
+from suffuse.processing.image import Frame, ImageInput
 
 if TYPE_CHECKING:
-    from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
     from typing_extensions import Unpack
 
     from suffuse.models.autoencoder_kl import AutoencoderKL
@@ -37,8 +37,6 @@ class StableDiffusionParadigmsPipeline(StableDiffusionBase):
         wrapped_unet: What predicts for several steps, `torch.nn.DataParallel(pipe.unet)` for example; the UNet, if None.
     """
 
-    model_cpu_offload_seq = "text_encoder->unet->vae"
-    _optional_components = ["safety_checker", "feature_extractor"]
     wrapped_unet: nn.Module | None = None
 
     def __init__(
@@ -51,8 +49,9 @@ class StableDiffusionParadigmsPipeline(StableDiffusionBase):
         safety_checker: StableDiffusionSafetyChecker | None,
         feature_extractor: CLIPImageProcessor | None,
         requires_safety_checker: bool = True,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
     ) -> None:
-        checker = (safety_checker, feature_extractor, None, requires_safety_checker)
+        checker = (safety_checker, feature_extractor, image_encoder, requires_safety_checker)
         super().__init__(vae, text_encoder, tokenizer, unet, scheduler, *checker)
 
     def check_call(self, arguments: dict[str, Any]) -> None:
@@ -95,7 +94,7 @@ class StableDiffusionParadigmsPipeline(StableDiffusionBase):
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
-        **values: Unpack[Pictures],
+        **values: Unpack[BesideBoxes],
     ) -> Any:
         """Draw what prompts say; callbacks are called after each round, with what is settled.
 
@@ -107,16 +106,18 @@ class StableDiffusionParadigmsPipeline(StableDiffusionBase):
             NonFiniteError: The numbers overflowed; says where, and what to do.
         """
         run, scheduler = self._run, cast(Any, self._run.scheduler)
-        run.guidance = state = Settling(guidance_scale)
+        run.guidance = state = Settling(self.guidance_for(guidance_scale))
+        size = self.default_size(height, width)
+        further = self.further(Frame(*size))
         way, steps = self.way()
         variances(scheduler)  # refused before noise is drawn
         conditioning = self.encode()
-        shape = self.latent_shape(conditioning.batch, *self.default_size(height, width))
+        shape = self.latent_shape(conditioning.batch, *size)
         noisy = self.make_noise(shape, self.unet.dtype) * scheduler.init_noise_sigma
         noise = None if scheduler._is_ode_scheduler else noise_of_steps(scheduler, noisy, generator)
         state.way = torch.stack([noisy] * (len(way) + 1))
         advance = partial(PicardStep, at_once=parallel, tolerance=tolerance, noise=noise, wide=self.wrapped_unet, exact=debug)
         ended = EndWhen(lambda: state.settled == len(way))
-        told = self.conditioners(conditioning)
+        told = [*self.conditioners(conditioning), *further]
         made = self.denoise(self.unet, conditioning, noisy, way, steps, told, [ended], advance)
         return self.finish(made, self.unet.dtype)

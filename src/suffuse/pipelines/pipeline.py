@@ -28,10 +28,10 @@ from suffuse.checkpoints.foreign_code import Trust, write_sources
 from suffuse.checkpoints.layout import check_variant, superseded
 from suffuse.configuration import ConfigMixin
 from suffuse.diffusion.advance import GuidedStep, step_options
-from suffuse.diffusion.conditioning import Conditioner, Conditioning, Denoiser
+from suffuse.diffusion.conditioning import Conditioner, Conditioning, Denoiser, warn_of_unheard
 from suffuse.diffusion.guidance import ClassifierFreeGuidance, Guidance
 from suffuse.diffusion.hooks import CallbackOnStepEnd, CountNoise, EndWhen, OnWholeSteps, WatchNumbers
-from suffuse.diffusion.loop import Advance, Hook, Step, denoise
+from suffuse.diffusion.loop import Advance, Hook, Step, Walk, denoise
 from suffuse.errors import ConfigError, InputError, unknown_argument
 from suffuse.hub.options import HUB_KEYWORDS, HubOptions
 from suffuse.hub.publishing import PushToHubMixin, publish
@@ -39,6 +39,7 @@ from suffuse.hub.sources import opened
 from suffuse.memory.placement import Device, Memory
 from suffuse.outputs import BaseOutput
 from suffuse.pipelines.components import by_folder, check_component, component_entry, is_left_over, save_component, weights_naming
+from suffuse.pipelines.kept_guidance import remind
 from suffuse.pipelines.loading import (
     CustomPipeline,
     check_entries,
@@ -101,6 +102,7 @@ class Run:
         steps, timesteps = self.arguments["num_inference_steps"], self.arguments.get("timesteps")
         if timesteps is None:
             self.scheduler.set_timesteps(steps, device=device, **options)
+            self.guidance.check_scheduler(self.scheduler)
             return steps
         if "timesteps" not in inspect.signature(self.scheduler.set_timesteps).parameters:
             raise InputError(
@@ -108,6 +110,7 @@ class Run:
                 remedy="pass num_inference_steps, or another scheduler",
             )
         self.scheduler.set_timesteps(timesteps=timesteps, device=device, **options)
+        self.guidance.check_scheduler(self.scheduler)
         return len(self.scheduler.timesteps)
 
     def timesteps_for(self, num_inference_steps: int, strength: float = 1.0) -> tuple[Tensor, int]:
@@ -136,8 +139,8 @@ def kept_steps(num_inference_steps: int, strength: float) -> int:
     return kept
 
 
-def _of_run(*path: str) -> property:
-    """A property that reads and writes the run of the calling thread."""
+def _of_run(*path: str, otherwise: tuple[Any, ...] = ()) -> property:
+    """A property that reads and writes the run of the calling thread; where that has none, it is read as `otherwise`."""
 
     def owner(pipe: DiffusionPipeline) -> Any:
         value: Any = pipe._run
@@ -145,10 +148,17 @@ def _of_run(*path: str) -> property:
             value = getattr(value, name)
         return value
 
+    def write(pipe: DiffusionPipeline, value: Any) -> None:
+        held = owner(pipe)
+        if not hasattr(held, path[-1]):
+            name = "_".join(path)
+            raise InputError(
+                f"{name} cannot be set: {type(held).__name__} has no {path[-1]}", found=value, remedy=f"leave {name} alone"
+            )
+        setattr(held, path[-1], value)
+
     return property(
-        lambda pipe: getattr(owner(pipe), path[-1]),
-        lambda pipe, value: setattr(owner(pipe), path[-1], value),
-        doc=f"`{path[-1]}` of the last run of this thread.",
+        lambda pipe: getattr(owner(pipe), path[-1], *otherwise), write, doc=f"`{path[-1]}` of the last run of this thread."
     )
 
 
@@ -173,8 +183,8 @@ class DiffusionPipeline(FromSingleFileMixin, PlacedModels, ConfigMixin, PushToHu
     scheduler: Any
     guidance_scale = _of_run("guidance", "scale")
     _guidance_scale = _of_run("guidance", "scale")
-    guidance_rescale = _of_run("guidance", "rescale")
-    _guidance_rescale = _of_run("guidance", "rescale")
+    guidance_rescale = _of_run("guidance", "rescale", otherwise=(0.0,))
+    _guidance_rescale = _of_run("guidance", "rescale", otherwise=(0.0,))
     clip_skip = _of_run("clip_skip")
     _clip_skip = _of_run("clip_skip")
     cross_attention_kwargs = _of_run("cross_attention_kwargs")
@@ -494,6 +504,7 @@ class DiffusionPipeline(FromSingleFileMixin, PlacedModels, ConfigMixin, PushToHu
         conditioners: Sequence[Conditioner],
         hooks: Sequence[Hook] = (),
         advance: Callable[[Denoiser, Guidance, SchedulerMixin, dict[str, Any]], Advance] = GuidedStep,
+        walk: Walk = denoise,
     ) -> Tensor:
         """Walk latents down the timesteps, with the progress bar, the callbacks and the step options of the call.
 
@@ -506,6 +517,7 @@ class DiffusionPipeline(FromSingleFileMixin, PlacedModels, ConfigMixin, PushToHu
             conditioners: What the model sees.
             hooks: What acts between the steps.
             advance: How a step is taken, made of denoiser, guidance, scheduler and the options of the scheduler's step.
+            walk: How the way is gone.
 
         Raises:
             NonFiniteError: The latents became NaN or infinite; names the step.
@@ -517,10 +529,10 @@ class DiffusionPipeline(FromSingleFileMixin, PlacedModels, ConfigMixin, PushToHu
         options = step_options(scheduler, **{name: arguments[name] for name in STEP_OPTIONS if name in arguments})
         take = advance(Denoiser(model, scheduler, conditioning, conditioners), run.guidance, scheduler, options)
         run.num_timesteps, run.num_inference_steps, begin = len(timesteps), num_inference_steps, 0
+        warn_of_unheard(conditioners, len(timesteps))
         if arguments["resume"] is not None:
             latents, begin = arguments["resume"].restore(scheduler, latents, timesteps, arguments["generator"])
-            for name, value in arguments["resume"].guidance.items():
-                setattr(run.guidance, name, value)
+            remind(run.guidance, arguments["resume"].guidance)
         begun, saved = (
             [save(run.writer, scheduler, run.guidance)] if run.writer is not None else [] for save in (SaveBeginning, SaveSteps)
         )
@@ -528,7 +540,7 @@ class DiffusionPipeline(FromSingleFileMixin, PlacedModels, ConfigMixin, PushToHu
             told = self.callbacks(run, conditioning, num_inference_steps, bar)
             watching = [EndWhen(lambda: run.interrupt), CountNoise(arguments["generator"])]
             acting = [*begun, *watching, *hooks, *watched, *told, *saved]
-            latents = denoise(latents, timesteps, take, acting, begin)
+            latents = walk(latents, timesteps, take, acting, begin)
         numbers.check(latents, type(model).__name__)
         return latents
 

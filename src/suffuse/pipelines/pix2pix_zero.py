@@ -23,7 +23,7 @@ from suffuse.errors import InputError
 from suffuse.noise import Generators, Seeds
 from suffuse.outputs import BaseOutput
 from suffuse.pipelines.arguments import check_prompts, check_shape, prompt_count, recipe
-from suffuse.pipelines.instruct_pix2pix.editing import BesideInstruction
+from suffuse.pipelines.features import BesideGuidance
 from suffuse.pipelines.saved_run import SavedRun
 from suffuse.pipelines.stable_diffusion.base import StableDiffusionBase
 from suffuse.processing.image import Frame, ImageInput
@@ -233,7 +233,7 @@ class StableDiffusionPix2PixZeroPipeline(StableDiffusionBase):
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
-        **values: Unpack[BesideInstruction],
+        **values: Unpack[BesideGuidance],
     ) -> Any:
         """Draw what prompts say, and then once more with the one thing made the other; callbacks see the second time.
 

@@ -15,36 +15,39 @@ import dataclasses
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
+from suffuse.adapters.ip_adapter import scale_in_effect
 from suffuse.checkpoints.atomic import write_whole
 from suffuse.checkpoints.safetensors_file import SAVED_RUN, read_header
 from suffuse.checkpoints.saving import write_safetensors
 from suffuse.diffusion.loop import SilentHook, Step
-from suffuse.diffusion.weighted_prompts import Weighted
 from suffuse.errors import CorruptFileError, InputError, SaveError, SuffuseError
-from suffuse.noise import CounterNoise
+from suffuse.pipelines.beside import beside, tell_differences
+from suffuse.pipelines.kept_guidance import check_kind, described, remembered, spelled
+from suffuse.pipelines.packing import Packed, packed, unpacked
 from suffuse.schedulers.scheduler import SchedulerMixin
 from suffuse.version import __version__
 
-FORMAT = 1
+FORMAT = 2
 """The version of what the entry of metadata holds."""
 OF_THE_CALL = (
     "save_run", "resume", "callback", "callback_steps", "callback_on_step_end", "callback_on_step_end_tensor_inputs",
-    "controlnet", "adapter",
+    "controlnet", "adapter", "guidance",
 )  # fmt: skip
 """Arguments that belong to a call and not to the picture, and models: the next call passes its own."""
 _TYPES = {
-    "str": str, "str | None": (str, type(None)), "dict[str, Any]": dict, "int": int, "Tensor": Tensor, "list[Tensor]": list,
+    "str": str, "str | None": (str, type(None)), "dict[str, Any]": dict, "dict[str, Any] | None": (dict, type(None)), "int": int,
+    "Tensor": Tensor, "list[Tensor]": list,
 }  # fmt: skip
+PICTURES = ("ip_adapter_image", "ip_adapter_image_embeds")
+"""Arguments that say what to take after: one takes the place of the other."""
 
 
 @dataclass
@@ -56,13 +59,16 @@ class SavedRun:
         model: Where its weights were loaded from, if that is known.
         scheduler: Class of the scheduler.
         scheduler_config: Its configuration.
-        guidance: Its numbers, which a callback may have changed: scale and rescale; and what it remembers of the steps.
+        guidance: What it remembers of the steps; and, if it was the pipeline's own, its scale and rescale, which a callback may
+            have changed.
         arguments: What the pipeline was called with; generators are in the state they then had.
         step: How many entries of the timesteps are behind.
         total: How many there are.
         latents: (batch, channels, height, width), after that step.
         memory: The fields of the scheduler's memory.
         generators: The states of the generators among the arguments, after that step.
+        guided_by: The classes and numbers of the guidance that the call was given (`kept_guidance.described`).
+        beside: What was told by nets and adapters that are not kept (`beside.beside`); None in files of format 1.
     """
 
     pipeline: str
@@ -76,6 +82,8 @@ class SavedRun:
     latents: Tensor
     memory: dict[str, Any]
     generators: list[Tensor]
+    guided_by: dict[str, Any] = field(default_factory=dict[str, Any])
+    beside: dict[str, Any] | None = None
 
     # ------------------------------------------------------------ files
 
@@ -113,7 +121,9 @@ class SavedRun:
             if version > FORMAT:
                 raise InputError(f"{path} was written by suffuse {told['suffuse']}", remedy="update suffuse to read it")
             tensors = load(octets)
-            run = cls(**{field.name: unpacked(told[field.name], tensors) for field in dataclasses.fields(cls)})
+            added = {"guided_by", "beside"} if version == 1 else set[str]()
+            names = [one.name for one in dataclasses.fields(cls) if one.name not in added]
+            run = cls(**{name: unpacked(told[name], tensors) for name in names})
             run._check_fields()
             return run
         except SuffuseError:
@@ -123,12 +133,16 @@ class SavedRun:
 
     def _check_fields(self) -> None:
         """Raise `TypeError` or `ValueError` unless everything is of the kind it has to be."""
-        for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), _TYPES[str(field.type)]
+        for one in dataclasses.fields(self):
+            value, kind = getattr(self, one.name), _TYPES[str(one.type)]
             if not isinstance(value, kind):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise TypeError(f"{field.name} is {value!r}")
+                raise TypeError(f"{one.name} is {value!r}")
         if not 0 <= self.step <= self.total or not all(isinstance(state, Tensor) for state in cast(list[Any], self.generators)):
             raise ValueError(f"step {self.step} of {self.total}")
+        for label, entry in (self.beside or {}).items():
+            if entry["weights"].count(":") != 1:
+                raise ValueError(f"{label} is {entry!r}")
+        spelled(self.guided_by)
 
     # ------------------------------------------------------------ going on
 
@@ -138,6 +152,12 @@ class SavedRun:
             raise InputError(f"the run is one of {self.pipeline}", found=pipeline, remedy=f"{self.pipeline}.from_pipe(pipe)")
         if self.model is not None and model is not None and self.model != place(model):
             warnings.warn(f"the run was begun with {self.model} and goes on with {model}", stacklevel=4)
+
+    def check_call(self, pipe: Any, arguments: Mapping[str, Any]) -> None:
+        """Raise `InputError` if the call that goes on is guided in another way; warn if it uses other nets or adapters."""
+        check_kind(self.guided_by, arguments.get("guidance"))
+        if self.beside is not None:
+            tell_differences(self.beside, pipe, arguments)
 
     def restore(self, scheduler: SchedulerMixin, latents: Tensor, timesteps: Tensor, generator: Any) -> tuple[Tensor, int]:
         """Bring a run that is about to begin to where this one is.
@@ -211,13 +231,22 @@ class RunWriter:
         pipeline: Class of the pipeline.
         model: Where its weights came from.
         arguments: What it was called with, before a generator was used.
+        beside: What it is told by, and the file does not keep.
     """
 
-    def __init__(self, path: str | os.PathLike[str], pipeline: str, model: str | None, arguments: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        pipeline: str,
+        model: str | None,
+        arguments: Mapping[str, Any],
+        beside: Mapping[str, Any] | None = None,
+    ) -> None:
         tensors = dict[str, Tensor]()
         kept = {name: value for name, value in arguments.items() if name not in OF_THE_CALL}
         self.arguments: Any = Packed(packed(kept, "arguments", tensors), tensors)
         self.path, self.pipeline, self.model = os.fspath(path), pipeline, None if model is None else place(model)
+        self.guided_by, self.beside = described(arguments.get("guidance")), dict(beside or {})
         self.generators = torch_generators(arguments.get("generator"))
         if len({*map(id, self.generators)}) < len(self.generators):
             raise InputError("a generator stands twice in the list: such a run cannot be saved", remedy="pass seed= instead")
@@ -226,23 +255,29 @@ class RunWriter:
     def of(cls, pipe: Any, arguments: Mapping[str, Any]) -> RunWriter | None:
         """The writer that the arguments of a call ask for, if they do."""
         path = arguments["save_run"]
-        return None if path is None else cls(path, type(pipe).__name__, pipe.name_or_path, arguments)
+        if path is None:
+            return None
+        scaled = {**arguments, **scale_in_effect(pipe, arguments)}
+        return cls(path, type(pipe).__name__, pipe.name_or_path, scaled, beside(pipe, arguments))
 
     def write(self, scheduler: SchedulerMixin, guidance: Any, latents: Tensor, step: int, total: int) -> None:
         """Write the run after `step` of `total` steps."""
-        told = {name: getattr(guidance, name, None) for name in ("scale", "rescale", *getattr(guidance, "remembers", ()))}
+        own = () if self.guided_by else ("scale", "rescale")
+        numbers = {name: getattr(guidance, name) for name in own if hasattr(guidance, name)}
         SavedRun(
             pipeline=self.pipeline,
             model=self.model,
             scheduler=type(scheduler).__name__,
             scheduler_config=dict(scheduler.config),
-            guidance={name: value for name, value in told.items() if isinstance(value, (int, float, Tensor, list))},
+            guidance=numbers | remembered(guidance),
             arguments=self.arguments,
             step=step,
             total=total,
             latents=latents,
             memory=memory_fields(scheduler),
             generators=[generator.get_state() for generator in self.generators],
+            guided_by=self.guided_by,
+            beside=self.beside,
         ).save(self.path.replace("{step}", str(step)))
 
 
@@ -304,133 +339,3 @@ def _same(one: Any, other: Any) -> bool:
 
 def _told(values: Any) -> str:
     return str(values.tolist()) if isinstance(values, Tensor) else repr(values)
-
-
-# ---------------------------------------------------------------- values as JSON and tensors
-
-
-@dataclass
-class Packed:
-    """A value that is packed already."""
-
-    told: Any
-    tensors: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """How values of a type become tensors: the tensor, what must be known besides, and the way back."""
-
-    type: type
-    tensor: Callable[[Any], Tensor]
-    detail: Callable[[Any], Any]
-    value: Callable[[Tensor, Any], Any]
-
-
-def _picture(octets: Tensor, detail: Any) -> Image.Image:
-    mode, width, height = detail
-    return Image.frombytes(mode, (width, height), octets.numpy().tobytes())
-
-
-def _plain(picture: Image.Image) -> Image.Image:
-    """The picture the right way up, without a palette; what is transparent stays so."""
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode == "PA" or "transparency" in picture.info:
-        return picture.convert("RGBA")
-    return picture.convert("RGB") if picture.mode == "P" else picture
-
-
-def _generator(state: Tensor, device: str) -> torch.Generator:
-    try:
-        generator = torch.Generator(device)
-    except RuntimeError as error:
-        raise InputError(
-            f"the run draws its noise on {device!r}", found=str(error).split("\n")[0], remedy="pass generator= or seed="
-        ) from None
-    generator.set_state(state)
-    return generator
-
-
-_KINDS: dict[str, _Kind] = {
-    # The layout in memory decides the last bit of what is computed with a tensor.
-    "tensor": _Kind(
-        Tensor,
-        lambda tensor: tensor.detach().cpu(),
-        lambda tensor: (
-            tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
-        ),
-        lambda tensor, last: tensor.to(memory_format=torch.channels_last) if last else tensor.clone(),
-    ),
-    "array": _Kind(
-        np.ndarray,
-        lambda array: torch.from_numpy(np.ascontiguousarray(array)),
-        lambda array: None,
-        lambda tensor, _: tensor.clone().numpy(),
-    ),
-    "picture": _Kind(
-        Image.Image,
-        lambda picture: torch.frombuffer(bytearray(_plain(picture).tobytes()), dtype=torch.uint8),
-        lambda picture: [_plain(picture).mode, *_plain(picture).size],
-        _picture,
-    ),
-    "generator": _Kind(
-        torch.Generator, lambda generator: generator.get_state(), lambda generator: str(generator.device), _generator
-    ),
-}
-
-
-def packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """`value` as JSON; its tensors go to `tensors`, and an object with one entry stands for each.
-
-    Raises:
-        InputError: It is of a kind that no file can hold.
-    """
-    if isinstance(value, Weighted):
-        return {"weighted": str(value)}
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, tuple):
-        return {"tuple": packed([*value], name, tensors)}
-    if isinstance(value, list):
-        return [packed(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
-    if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
-        return {"pairs": packed([[*pair] for pair in value.items()], name, tensors)}
-    if isinstance(value, dict):
-        return {"entries": {key: packed(item, f"{name}.{key}", tensors) for key, item in value.items()}}
-    if isinstance(value, Packed):
-        tensors.update(value.tensors)
-        return value.told
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, CounterNoise):
-        return {"noise": [value.seed, value.image]}
-    tag = next((tag for tag, kind in _KINDS.items() if isinstance(value, kind.type)), None)
-    if tag is None:
-        raise InputError(
-            f"{name.removeprefix('arguments.')} cannot be saved with the run",
-            found=type(value).__name__,
-            remedy="leave out save_run",
-        )
-    tensors[name] = _KINDS[tag].tensor(value)
-    return {tag: [name, _KINDS[tag].detail(value)]}
-
-
-def unpacked(told: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The value that was packed."""
-    if isinstance(told, list):
-        return [unpacked(item, tensors) for item in told]
-    if not isinstance(told, dict):
-        return told
-    ((tag, content),) = told.items()
-    if tag == "entries":
-        return {key: unpacked(item, tensors) for key, item in content.items()}
-    if tag == "pairs":
-        return dict(unpacked(content, tensors))
-    if tag == "weighted":
-        return Weighted(content)
-    if tag == "tuple":
-        return tuple(unpacked(content, tensors))
-    if tag == "noise":
-        return CounterNoise(*content)
-    name, detail = content
-    return _KINDS[tag].value(tensors[name], detail)

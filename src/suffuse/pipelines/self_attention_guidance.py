@@ -11,7 +11,7 @@ from torch import Tensor
 from suffuse.diffusion.self_attention_guidance import SelfAttentionGuidance
 from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
-from suffuse.pipelines.instruct_pix2pix.editing import BesideInstruction
+from suffuse.pipelines.features import BesideGuidance
 from suffuse.pipelines.saved_run import SavedRun
 from suffuse.pipelines.stable_diffusion.drawing import Drawing
 from suffuse.processing.image import ImageInput
@@ -53,7 +53,7 @@ class StableDiffusionSAGPipeline(Drawing):
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
-        **values: Unpack[BesideInstruction],
+        **values: Unpack[BesideGuidance],
     ) -> Any:
         """Draw what prompts say.
 
@@ -67,10 +67,7 @@ class StableDiffusionSAGPipeline(Drawing):
         self._run.guidance = SelfAttentionGuidance(guidance_scale, sag_scale=sag_scale)
         return self.draw(*self.default_size(height, width))
 
-    def way(self) -> tuple[Tensor, int]:
-        """The timesteps of the call, which self-attention guidance must be able to count in."""
-        way = super().way()
-        guidance = self._run.guidance
-        if isinstance(guidance, SelfAttentionGuidance) and guidance.sag_scale > 0:
-            guidance.watched_layer(self.unet, self._run.scheduler)
-        return way
+    def check_call(self, arguments: dict[str, Any]) -> None:
+        """Raise `InputError` unless arguments go together, and the UNet has a layer to watch."""
+        super().check_call(arguments)
+        SelfAttentionGuidance(arguments["guidance_scale"]).check_model(self.unet)

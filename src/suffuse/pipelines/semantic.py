@@ -10,21 +10,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from suffuse.diffusion.conditioning import Conditioning
-from suffuse.diffusion.prompts import listed, repeat_rows
+from suffuse.diffusion.prompts import listed
 from suffuse.diffusion.semantic_guidance import Concept, SemanticGuidance
 from suffuse.errors import InputError
 from suffuse.noise import Generators, Seeds
-from suffuse.pipelines.arguments import one_for_each, recipe
-from suffuse.pipelines.concepts import read_concepts, tell_concepts
-from suffuse.pipelines.instruct_pix2pix.editing import BesideInstruction
+from suffuse.pipelines.arguments import one_for_each, prompt_count, recipe
+from suffuse.pipelines.features import BesideGuidance
 from suffuse.pipelines.saved_run import SavedRun
 from suffuse.pipelines.stable_diffusion.base import StableDiffusionPipelineOutput
 from suffuse.pipelines.stable_diffusion.drawing import Drawing
 from suffuse.processing.image import ImageInput
 
 if TYPE_CHECKING:
-    from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
     from typing_extensions import Unpack
 
     from suffuse.models.autoencoder_kl import AutoencoderKL
@@ -57,17 +55,18 @@ def concepts_of(arguments: Mapping[str, Any]) -> list[Concept]:
     texts, embeds = arguments["editing_prompt"], arguments["editing_prompt_embeddings"]
     if texts is not None and embeds is not None:
         raise InputError("editing_prompt and editing_prompt_embeddings are both given", remedy="pass one of the two")
-    count = len(listed(texts) if embeds is None else embeds)
-    each = {field: one_for_each(name, arguments[name], count, "editing prompt") for field, name in SETTINGS.items()}
-    told = [dict(zip(each, values, strict=True)) for values in zip(*each.values(), strict=True)]
-    return [Concept(**{name: value for name, value in one.items() if value is not None}) for one in told]
+    # diffusers reads a concept once for each prompt, and how many texts are read at once decides the last bits.
+    told: Any = [[text] * prompt_count(arguments) for text in listed(texts)] if embeds is None else [*embeds]
+    each = {field: one_for_each(name, arguments[name], len(told), "editing prompt") for field, name in SETTINGS.items()}
+    settings = [dict(zip(each, values, strict=True)) for values in zip(*each.values(), strict=True)]
+    return [
+        Concept(text, **{name: value for name, value in own.items() if value is not None})
+        for text, own in zip(told, settings, strict=True)
+    ]
 
 
 class SemanticStableDiffusionPipeline(Drawing):
     """Pictures from prompts, with concepts to go towards or away from."""
-
-    model_cpu_offload_seq = "text_encoder->unet->vae"
-    _optional_components = ["safety_checker", "feature_extractor"]
 
     def __init__(
         self,
@@ -79,8 +78,9 @@ class SemanticStableDiffusionPipeline(Drawing):
         safety_checker: StableDiffusionSafetyChecker | None,
         feature_extractor: CLIPImageProcessor | None,
         requires_safety_checker: bool = True,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
     ) -> None:
-        checker = (safety_checker, feature_extractor, None, requires_safety_checker)
+        checker = (safety_checker, feature_extractor, image_encoder, requires_safety_checker)
         super().__init__(vae, text_encoder, tokenizer, unet, scheduler, *checker)
 
     @recipe
@@ -121,7 +121,7 @@ class SemanticStableDiffusionPipeline(Drawing):
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
-        **values: Unpack[BesideInstruction],
+        **values: Unpack[BesideGuidance],
     ) -> Any:
         """Draw what prompts say, and edit it.
 
@@ -169,19 +169,6 @@ class SemanticStableDiffusionPipeline(Drawing):
         if replayed is not None and len(replayed) < len(way):
             raise InputError(f"sem_guidance: {len(replayed)} edits for {len(way)} steps", remedy="pass one for each step")
         return way, steps
-
-    def encode(self) -> Conditioning:
-        """The prompts of the run, and the concepts."""
-        conditioning, arguments = super().encode(), self._run.arguments
-        texts, states = listed(arguments["editing_prompt"]), arguments["editing_prompt_embeddings"]
-        prompts, times = conditioning.batch // arguments["num_images_per_prompt"], arguments["num_images_per_prompt"]
-        if texts:
-            states = read_concepts(self, [text for text in texts for _ in range(prompts)], conditioning)
-        elif states is not None:
-            states = states.repeat_interleave(prompts, dim=0)
-        if states is None:
-            return conditioning
-        return tell_concepts("editing_prompt_embeddings", repeat_rows(states, times), conditioning)
 
     def output(self, images: Any, flagged: list[bool] | None) -> Any:
         """The result of a call, as an output object or a plain tuple."""

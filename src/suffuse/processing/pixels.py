@@ -103,6 +103,24 @@ def opened(image: Image.Image, name: str = "image") -> Image.Image:
     return _eight_bits(image, name) if wide else image
 
 
+def in_eight_bits(image: Any, name: str) -> list[Image.Image]:
+    """Pictures of any kind as PIL pictures in RGB; floats are rounded.
+
+    Raises:
+        InputError: One is no picture, or of a size or range that cannot be meant.
+    """
+    made: list[Image.Image] = []
+    for item in listed(image, name):
+        if isinstance(item, Image.Image):
+            made.append(over_white(opened(item, name)))
+            continue
+        values = colors(unit_range(joined([item], name), name), name).cpu().float()
+        values = (values + 1) / 2 if values.min() < -SLACK else values
+        pixels = (values.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        made += [Image.fromarray(picture) for picture in pixels]
+    return made
+
+
 def over_white(image: Image.Image) -> Image.Image:
     """An 8-bit picture of any mode as RGB, laid over white where it is transparent."""
     if image.has_transparency_data:

@@ -16,10 +16,12 @@ from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
 from suffuse.pipelines.blip_diffusion.subject import SubjectDriven
 from suffuse.pipelines.controlnet.controls import check_nets
+from suffuse.pipelines.features import Guided
 from suffuse.pipelines.saved_run import SavedRun
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
+    from typing_extensions import Unpack
 
     from suffuse.models.autoencoder_kl import AutoencoderKL
     from suffuse.models.controlnet import ControlNetModel
@@ -105,6 +107,7 @@ class BlipDiffusionControlNetPipeline(SubjectDriven):
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
+        **values: Unpack[Guided],
     ) -> Any:
         """Draw the subject of `reference_image` as prompts say and `condtioning_image` shows.
 

@@ -11,9 +11,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.image_processing_base import ImageProcessingMixin
 
-from suffuse.errors import InputError
-from suffuse.processing.image import VaeImageProcessor
-from suffuse.processing.pixels import listed
+from suffuse.processing.pixels import in_eight_bits
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -66,10 +64,10 @@ class BlipImageProcessor(ImageProcessingMixin):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> Tensor:
-        """PIL pictures as (batch, 3, rows, columns).
+        """Pictures as (batch, 3, rows, columns).
 
         Args:
-            images: One, or a list.
+            images: One of any kind, or a list; floats are rounded to 8 bits, which is what these models were trained on.
             name: The argument's name, for errors.
             size: (rows, columns) to bring them to; its own, if None.
             normalize: Whether to; as the processor is set, if None.
@@ -81,10 +79,7 @@ class BlipImageProcessor(ImageProcessingMixin):
         """
         rows, columns = size or (self.size["height"], self.size["width"])
         made = list[np.ndarray]()
-        for item in listed(images, name):
-            if not isinstance(item, Image.Image):
-                raise InputError(f"{name} must be PIL pictures", found=type(item).__name__, expected="a PIL picture, or a list")
-            picture = VaeImageProcessor.convert_to_rgb(item)
+        for picture in in_eight_bits(images, name):
             picture = picture.resize((columns, rows), self.resample) if self.do_resize else picture
             values = np.asarray(picture)
             if self.do_rescale:  # in two steps, as these models were trained: the product is rounded to float32

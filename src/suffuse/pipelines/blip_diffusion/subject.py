@@ -15,6 +15,7 @@ from suffuse.diffusion.prompts import listed
 from suffuse.diffusion.weighted_prompts import TOKENIZING, Weighted
 from suffuse.errors import InputError
 from suffuse.pipelines.arguments import check_pixels
+from suffuse.pipelines.features import check_features, guidance_of
 from suffuse.pipelines.pipeline import DiffusionPipeline
 from suffuse.pipelines.unconditional.base import noise_for, result
 
@@ -84,6 +85,7 @@ class SubjectDriven(DiffusionPipeline):
             if len(listed(arguments[name])) != count or not count:
                 found = f"{len(listed(arguments[name]))} for {count} prompts"
                 raise InputError(f"{name} is missing, or not one for each prompt", found=found, expected="one for each prompt")
+        check_features(self, arguments)
 
     def pictures_of(self, arguments: dict[str, Any]) -> int:
         """One for each prompt."""
@@ -126,7 +128,7 @@ class SubjectDriven(DiffusionPipeline):
         run, device = self._run, self._execution_device
         said, dtype = run.arguments, self.unet.dtype
         check_pixels(said["height"], said["width"])
-        run.guidance = ClassifierFreeGuidance(said["guidance_scale"])
+        run.guidance = guidance_of(self, ClassifierFreeGuidance(said["guidance_scale"]))
         steps = run.set_timesteps(device)
         own = {"mean": self.config.mean, "std": self.config.std}
         pictures = self.image_processor.pixels(said["reference_image"], "reference_image", **own).to(device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from torch import Tensor
@@ -12,7 +12,11 @@ from torch import Tensor
 from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
 from suffuse.pipelines.blip_diffusion.subject import SubjectDriven
+from suffuse.pipelines.features import Guided
 from suffuse.pipelines.saved_run import SavedRun
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class BlipDiffusionPipeline(SubjectDriven):
@@ -41,6 +45,7 @@ class BlipDiffusionPipeline(SubjectDriven):
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
+        **values: Unpack[Guided],
     ) -> Any:
         """Draw the subject of `reference_image` as prompts say.
 

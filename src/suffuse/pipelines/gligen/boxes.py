@@ -22,10 +22,19 @@ PER_BOX_MASKS = ("input_phrases_mask", "input_images_mask")
 """Arguments that say for each box whether its phrase, or its picture, counts."""
 PICTURED = "gated-text-image"
 """The kind of attention of a UNet that is told pictures of objects beside phrases."""
+UNPICTURED = "this UNet is told phrases alone"
 
 
-def check_boxes(arguments: Mapping[str, Any]) -> None:
-    """Raise `InputError` or `LimitError` unless there are boxes, and an entry for each box where there are entries."""
+def check_boxes(pipe: Any, arguments: Mapping[str, Any]) -> None:
+    """Raise `InputError` or `LimitError` unless there are boxes, and an entry for each box where there are entries; and a UNet
+    that was trained to be told them.
+    """
+    if pipe.unet.config.get("attention_type", "default") == "default":
+        raise InputError(
+            "gligen_boxes: this UNet was not trained for boxes",
+            found="it has no gated attention",
+            expected='a GLIGEN checkpoint, whose unet/config.json says attention_type="gated"',
+        )
     boxes = arguments["gligen_boxes"]
     if not boxes:
         raise InputError("gligen_boxes are missing", expected="a list with (left, top, right, bottom) of each object")
@@ -37,6 +46,8 @@ def check_boxes(arguments: Mapping[str, Any]) -> None:
             raise InputError(f"{name}: {len(value)} given for {len(boxes)} gligen_boxes", expected="one for each")
     if all(given[name] is None for name in PER_BOX):
         raise InputError("gligen_boxes are given and nothing to put there", remedy="pass gligen_phrases")
+    if "gligen_images" not in arguments and None in (given["gligen_phrases"] or []):
+        raise InputError(f"gligen_phrases: {UNPICTURED}", found="None among them", remedy="pass a text for each box")
 
 
 def grounding(pipe: Any, part: float) -> Grounding:
@@ -47,13 +58,12 @@ def grounding(pipe: Any, part: float) -> Grounding:
         part: The part of the steps in which they are told.
 
     Raises:
-        InputError: The UNet has no gated attention, or one that is told other things; or its features have another size.
+        InputError: The gated attention of the UNet is told other things, or its features have another size.
     """
     arguments, unet = pipe._run.arguments, pipe.unet
-    unet.check_cross_attention_kwargs({"gligen": {}})
     pictured = unet.config.attention_type == PICTURED
     if not pictured and (arguments.get("gligen_images") is not None or None in (arguments["gligen_phrases"] or [None])):
-        raise InputError("this UNet is told phrases alone", remedy="pass gligen_phrases, and no gligen_images")
+        raise InputError(UNPICTURED, remedy="pass gligen_phrases, and no gligen_images")
     if pipe.text_encoder is None or pipe.tokenizer is None:
         raise InputError("this pipeline has no text encoder, which gligen_phrases need", remedy="load it with its text_encoder")
     corners = torch.tensor(arguments["gligen_boxes"], dtype=pipe.text_encoder.dtype, device=pipe._execution_device)

@@ -28,7 +28,7 @@ class Grounded(StableDiffusionBase):
     def check_call(self, arguments: dict[str, Any]) -> None:
         """Raise `InputError` unless prompts go together, and there is something for each box."""
         super().check_call(arguments)
-        check_boxes(arguments)
+        check_boxes(self, arguments)
 
     def ground(self, height: int | None, width: int | None, part: float) -> Any:
         """The recipe of drawing things in boxes, once the guidance of the run is set.

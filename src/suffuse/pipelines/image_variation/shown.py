@@ -12,6 +12,7 @@ from suffuse.diffusion.conditioning import Conditioning
 from suffuse.diffusion.prompts import repeat_rows
 from suffuse.errors import ConfigError, InputError
 from suffuse.pipelines.arguments import check_shape
+from suffuse.pipelines.features import check_features
 from suffuse.pipelines.stable_diffusion.base import StableDiffusionBase
 from suffuse.processing.pixels import listed
 
@@ -34,6 +35,7 @@ class Shown(StableDiffusionBase):
     _optional_components = ["safety_checker"]
     _callback_tensor_inputs = ["latents", "prompt_embeds"]
     _scheduler_settings = {}
+    _told_by_text = ()
 
     shown_as: ClassVar[str] = "image"
 
@@ -71,8 +73,9 @@ class Shown(StableDiffusionBase):
             )
 
     def check_call(self, arguments: dict[str, Any]) -> None:
-        """Raise `InputError` unless what is shown is pictures."""
+        """Raise `InputError` unless what is shown is pictures, and values go with them."""
         listed(arguments[self.shown_as], self.shown_as)
+        check_features(self, arguments)
 
     def pictures_of(self, arguments: dict[str, Any]) -> int:
         """How many pictures a call makes at once."""
@@ -98,8 +101,8 @@ class Shown(StableDiffusionBase):
             )
         cond = repeat_rows(seen, batch // len(seen)).to(self.unet.dtype)
         uncond = unseen.to(self.unet.dtype).expand_as(cond)
-        tensors = {"prompt_embeds": torch.cat([uncond, cond]) if self.do_classifier_free_guidance else cond}
-        return Conditioning(batch, run.guidance.branches, tensors)
+        told = {branch: cond if branch == "cond" else uncond for branch in run.guidance.branches}
+        return Conditioning(batch, (*told,), {"prompt_embeds": torch.cat([*told.values()])})
 
     def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """What the UNet is told of pictures, (batch, 1, width), and of none, (1, 1, width)."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
+from suffuse.pipelines.features import Guided
 from suffuse.pipelines.image_variation.shown import Shown
 from suffuse.pipelines.saved_run import SavedRun
 from suffuse.pipelines.stable_diffusion.drawing import Drawing
@@ -17,6 +18,7 @@ from suffuse.processing.image import ImageInput
 
 if TYPE_CHECKING:
     from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+    from typing_extensions import Unpack
 
     from suffuse.models.autoencoder_kl import AutoencoderKL
     from suffuse.models.unet_2d_condition import UNet2DConditionModel
@@ -62,6 +64,7 @@ class StableDiffusionImageVariationPipeline(Shown, Drawing):
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
+        **values: Unpack[Guided],
     ) -> Any:
         """Draw what a picture shows once more, differently. A tensor is taken to be what the feature extractor makes.
 

@@ -14,16 +14,11 @@ from suffuse.diffusion.conditioning import Channels, Conditioning, rows
 from suffuse.diffusion.latents import mean_of_image, repeats
 from suffuse.errors import InputError
 from suffuse.noise import Generators
-from suffuse.pipelines.features import Adapters, Boxes, Controls, Pictures
 from suffuse.pipelines.stable_diffusion.base import StableDiffusionBase
 from suffuse.processing.image import Frame
 
 TOLD = {"cond": "cond", "image": "uncond", "uncond": "uncond"}
 """Branch → the one of classifier-free guidance whose text it is told."""
-
-
-class BesideInstruction(Controls, Adapters, Pictures, Boxes, total=False):
-    """For pipelines that edit: their guidance is their own."""
 
 
 class Editing(StableDiffusionBase):
@@ -97,8 +92,10 @@ class Editing(StableDiffusionBase):
 
     def denoise(self, model: nn.Module, conditioning: Conditioning, *way: Any, **more: Any) -> Tensor:
         """Walk latents down the timesteps; what is joined over two branches of text is told to three."""
-        batch, two = conditioning.batch, ("uncond", "cond")
-        for name, value in conditioning.tensors.items():
-            if self.do_classifier_free_guidance and len(value) == 2 * batch:
-                conditioning.tensors[name] = rows(value, two, tuple(TOLD.values()))
+        if self.do_classifier_free_guidance:
+            batch, layout = conditioning.batch, conditioning.layout
+            conditioning.layout = tuple(TOLD)
+            for name, value in conditioning.tensors.items():
+                if len(value) == len(layout) * batch:
+                    conditioning.tensors[name] = rows(value, layout, tuple(TOLD.values()))
         return super().denoise(model, conditioning, *way, **more)

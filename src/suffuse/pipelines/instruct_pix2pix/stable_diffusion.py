@@ -11,7 +11,8 @@ from torch import Tensor
 from suffuse.diffusion.two_scale_guidance import TwoScaleGuidance
 from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
-from suffuse.pipelines.instruct_pix2pix.editing import BesideInstruction, Editing
+from suffuse.pipelines.features import BesideGuidance
+from suffuse.pipelines.instruct_pix2pix.editing import Editing
 from suffuse.pipelines.saved_run import SavedRun
 from suffuse.processing.image import ImageInput
 
@@ -51,7 +52,7 @@ class StableDiffusionInstructPix2PixPipeline(Editing):
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
-        **values: Unpack[BesideInstruction],
+        **values: Unpack[BesideGuidance],
     ) -> Any:
         """Edit pictures as prompts tell: "make it winter".
 

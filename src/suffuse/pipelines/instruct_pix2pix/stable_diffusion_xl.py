@@ -13,7 +13,8 @@ from suffuse.configuration import check_type
 from suffuse.diffusion.two_scale_guidance import TwoScaleGuidance
 from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
-from suffuse.pipelines.instruct_pix2pix.editing import BesideInstruction, Editing
+from suffuse.pipelines.features import BesideGuidance
+from suffuse.pipelines.instruct_pix2pix.editing import Editing
 from suffuse.pipelines.saved_run import SavedRun
 from suffuse.pipelines.stable_diffusion_xl.base import StableDiffusionXLBase
 from suffuse.processing.image import ImageInput
@@ -120,7 +121,7 @@ class StableDiffusionXLInstructPix2PixPipeline(StableDiffusionXLBase, Editing): 
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
-        **values: Unpack[BesideInstruction],
+        **values: Unpack[BesideGuidance],
     ) -> Any:
         """Edit pictures as prompts tell: "make it winter".
 

@@ -10,11 +10,14 @@ from torch import Tensor
 
 from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
+from suffuse.pipelines.features import BesidePicture
 from suffuse.pipelines.k_diffusion.sampled import Sampled
 from suffuse.pipelines.saved_run import SavedRun
+from suffuse.processing.image import ImageInput
 
 if TYPE_CHECKING:
-    from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+    from typing_extensions import Unpack
 
     from suffuse.models.autoencoder_kl import AutoencoderKL
     from suffuse.models.unet_2d_condition import UNet2DConditionModel
@@ -25,8 +28,8 @@ if TYPE_CHECKING:
 class StableDiffusionKDiffusionPipeline(Sampled):
     """Pictures from prompts."""
 
-    model_cpu_offload_seq = "text_encoder->unet->vae"
-    _optional_components = ["safety_checker", "feature_extractor"]
+    model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
+    _optional_components = ["safety_checker", "feature_extractor", "image_encoder"]
 
     def __init__(
         self,
@@ -38,8 +41,9 @@ class StableDiffusionKDiffusionPipeline(Sampled):
         safety_checker: StableDiffusionSafetyChecker | None,
         feature_extractor: CLIPImageProcessor | None,
         requires_safety_checker: bool = True,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
     ) -> None:
-        checker = (safety_checker, feature_extractor, None, requires_safety_checker)
+        checker = (safety_checker, feature_extractor, image_encoder, requires_safety_checker)
         super().__init__(vae, text_encoder, tokenizer, unet, scheduler, *checker)
 
     @recipe
@@ -64,11 +68,13 @@ class StableDiffusionKDiffusionPipeline(Sampled):
         use_karras_sigmas: bool | None = False,
         noise_sampler_seed: int | list[int] | None = None,
         clip_skip: int | None = None,
+        ip_adapter_image: ImageInput | None = None,
         callback_on_step_end: Callable[..., Any] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
+        **values: Unpack[BesidePicture],
     ) -> Any:
         """Draw what prompts say, by the sampler that is set.
 
@@ -77,7 +83,7 @@ class StableDiffusionKDiffusionPipeline(Sampled):
 
         Raises:
             InputError, LimitError: An argument is not what it may be; no generator was used.
-            MissingPackageError: The sampler draws noise, and torchsde is not installed.
+            MissingPackageError: The sampler draws noise, and torchsde is not installed; or it is one of the package k-diffusion.
             NonFiniteError: The numbers overflowed; says where, and what to do.
         """
         self._run.guidance = self.guidance_for(guidance_scale)

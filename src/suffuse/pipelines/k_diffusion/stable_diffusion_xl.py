@@ -10,12 +10,21 @@ from torch import Tensor
 
 from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
+from suffuse.pipelines.features import BesidePicture
 from suffuse.pipelines.k_diffusion.sampled import Sampled
 from suffuse.pipelines.saved_run import SavedRun
 from suffuse.pipelines.stable_diffusion_xl.base import StableDiffusionXLBase
+from suffuse.processing.image import ImageInput
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+        CLIPVisionModelWithProjection,
+    )
+    from typing_extensions import Unpack
 
     from suffuse.models.autoencoder_kl import AutoencoderKL
     from suffuse.models.unet_2d_condition import UNet2DConditionModel
@@ -25,8 +34,8 @@ if TYPE_CHECKING:
 class StableDiffusionXLKDiffusionPipeline(Sampled, StableDiffusionXLBase):  # pyright: ignore[reportIncompatibleMethodOverride]
     """Pictures from prompts."""
 
-    model_cpu_offload_seq = "text_encoder->text_encoder_2->unet->vae"
-    _optional_components = ["tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "feature_extractor"]
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->image_encoder->unet->vae"
+    _optional_components = ["tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "image_encoder", "feature_extractor"]
 
     def __init__(
         self,
@@ -38,10 +47,12 @@ class StableDiffusionXLKDiffusionPipeline(Sampled, StableDiffusionXLBase):  # py
         unet: UNet2DConditionModel,
         scheduler: SchedulerMixin,
         force_zeros_for_empty_prompt: bool = True,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
+        feature_extractor: CLIPImageProcessor | None = None,
     ) -> None:
         text = (text_encoder, text_encoder_2, tokenizer, tokenizer_2)
         settings = (None, force_zeros_for_empty_prompt, False)
-        super().__init__(vae, *text, unet, scheduler, None, None, *settings)
+        super().__init__(vae, *text, unet, scheduler, image_encoder, feature_extractor, *settings)
 
     @recipe
     def __call__(
@@ -72,11 +83,13 @@ class StableDiffusionXLKDiffusionPipeline(Sampled, StableDiffusionXLBase):  # py
         use_karras_sigmas: bool | None = False,
         noise_sampler_seed: int | list[int] | None = None,
         clip_skip: int | None = None,
+        ip_adapter_image: ImageInput | None = None,
         callback_on_step_end: Callable[..., Any] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
+        **values: Unpack[BesidePicture],
     ) -> Any:
         """Draw what prompts say, by the sampler that is set.
 
@@ -85,7 +98,7 @@ class StableDiffusionXLKDiffusionPipeline(Sampled, StableDiffusionXLBase):  # py
 
         Raises:
             InputError, LimitError: An argument is not what it may be; no generator was used.
-            MissingPackageError: The sampler draws noise, and torchsde is not installed.
+            MissingPackageError: The sampler draws noise, and torchsde is not installed; or it is one of the package k-diffusion.
             NonFiniteError: The numbers overflowed; says where, and what to do.
         """
         self._run.guidance = self.guidance_for(guidance_scale)

@@ -17,6 +17,7 @@ from suffuse.diffusion.prompts import encode_text, listed
 from suffuse.errors import InputError
 from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import check_pixels, recipe
+from suffuse.pipelines.features import Guided, check_features, guidance_of
 from suffuse.pipelines.pipeline import DiffusionPipeline
 from suffuse.pipelines.saved_run import SavedRun
 from suffuse.pipelines.unconditional.base import noise_for, result, trained_size
@@ -24,6 +25,7 @@ from suffuse.schedulers.scheduler import SchedulerMixin
 
 if TYPE_CHECKING:
     from transformers import BertTokenizer
+    from typing_extensions import Unpack
 
     from suffuse.models.autoencoder_kl import AutoencoderKL
     from suffuse.models.unet_2d_condition import UNet2DConditionModel
@@ -68,6 +70,7 @@ class LDMTextToImagePipeline(DiffusionPipeline):
         """Raise `InputError` if there is no prompt."""
         if arguments["prompt"] is None:
             raise InputError("prompt is missing", expected="a text, or a list of texts")
+        check_features(self, arguments)
 
     def pictures_of(self, arguments: dict[str, Any]) -> int:
         """One for each prompt."""
@@ -95,6 +98,7 @@ class LDMTextToImagePipeline(DiffusionPipeline):
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
+        **values: Unpack[Guided],
     ) -> Any:
         """Draw what prompts say; `guidance_scale` below 1 draws away from them.
 
@@ -109,7 +113,7 @@ class LDMTextToImagePipeline(DiffusionPipeline):
         trained = (edge * self.vae_scale_factor for edge in trained_size(self.unet))
         size = [own if asked is None else asked for asked, own in zip((height, width), trained, strict=True)]
         check_pixels(*size)
-        run.guidance = TwoSidedGuidance(guidance_scale)
+        run.guidance = guidance_of(self, TwoSidedGuidance(guidance_scale))
         steps = run.set_timesteps(self._execution_device)
         told = {"uncond": [""] * len(prompts), "cond": prompts}
         embeds = torch.cat([self.encode(told[branch]) for branch in run.guidance.branches])

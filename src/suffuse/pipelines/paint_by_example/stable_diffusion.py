@@ -14,6 +14,7 @@ from suffuse.diffusion.latents import repeats
 from suffuse.errors import InputError
 from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
+from suffuse.pipelines.features import Guided
 from suffuse.pipelines.image_variation.shown import Shown
 from suffuse.pipelines.saved_run import SavedRun
 from suffuse.pipelines.stable_diffusion.painting import Painting, check_aspects
@@ -21,6 +22,7 @@ from suffuse.processing.image import ImageInput
 
 if TYPE_CHECKING:
     from transformers import CLIPImageProcessor
+    from typing_extensions import Unpack
 
     from suffuse.models.autoencoder_kl import AutoencoderKL
     from suffuse.models.unet_2d_condition import UNet2DConditionModel
@@ -84,6 +86,7 @@ class PaintByExamplePipeline(Shown, Painting):
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
+        **values: Unpack[Guided],
     ) -> Any:
         """Paint pictures anew where the mask is white, as an example shows.
 

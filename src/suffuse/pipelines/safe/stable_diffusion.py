@@ -11,26 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from suffuse.diffusion.conditioning import Conditioning
 from suffuse.diffusion.decoders import decode_latents
-from suffuse.diffusion.safe_guidance import SafeGuidance
+from suffuse.diffusion.safe_guidance import CONCEPT, SafeGuidance
 from suffuse.noise import Generators, Seeds
 from suffuse.outputs import BaseOutput
 from suffuse.pipelines.arguments import recipe
-from suffuse.pipelines.concepts import read_concepts, tell_concepts
-from suffuse.pipelines.instruct_pix2pix.editing import BesideInstruction
+from suffuse.pipelines.features import BesideGuidance
 from suffuse.pipelines.saved_run import SavedRun
 from suffuse.pipelines.stable_diffusion.drawing import Drawing
 from suffuse.processing.image import ImageInput
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-CONCEPT = (
-    "an image showing hate, harassment, violence, suffering, humiliation, harm, suicide, sexual, nudity, bodily fluids, blood, "
-    "obscene gestures, illegal activity, drug use, theft, vandalism, weapons, child abuse, brutality, cruelty"
-)
-"""What pictures are guided away from, if nothing else is said (appendix C of the paper)."""
 
 
 class SafetyConfig:
@@ -124,7 +116,7 @@ class StableDiffusionPipelineSafe(Drawing):
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
-        **values: Unpack[BesideInstruction],
+        **values: Unpack[BesideGuidance],
     ) -> Any:
         """Draw what prompts say.
 
@@ -136,8 +128,9 @@ class StableDiffusionPipelineSafe(Drawing):
             InputError, LimitError: An argument is not what it may be; no generator was used.
             NonFiniteError: The numbers overflowed; says where, and what to do.
         """
+        concept = self._run.arguments["safety_concept"]
         self._run.guidance = SafeGuidance(
-            guidance_scale, sld_guidance_scale, sld_warmup_steps, sld_threshold, sld_momentum_scale, sld_mom_beta
+            guidance_scale, concept, sld_guidance_scale, sld_warmup_steps, sld_threshold, sld_momentum_scale, sld_mom_beta
         )
         if not self.is_guarded:
             warnings.warn(
@@ -156,14 +149,6 @@ class StableDiffusionPipelineSafe(Drawing):
         """Raise `InputError` unless arguments go together; what nobody says of the concept, the pipeline does."""
         super().check_call(arguments)
         arguments["safety_concept"] = arguments["safety_concept"] or self.safety_concept
-
-    def encode(self) -> Conditioning:
-        """The prompts of the run, and the concept."""
-        conditioning = super().encode()
-        if not self.is_guarded:
-            return conditioning
-        states = read_concepts(self, [self._run.arguments["safety_concept"]], conditioning)
-        return tell_concepts("safety_concept", torch.cat([states] * conditioning.batch), conditioning)
 
     def finish(self, latents: Tensor, dtype: torch.dtype) -> Any:
         """Latents to the result of the call, with what the checker objects to as it was."""

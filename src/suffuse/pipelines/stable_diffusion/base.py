@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from dataclasses import dataclass
@@ -28,8 +27,9 @@ from suffuse.layers.low_rank import scaled
 from suffuse.noise import Generators, randn_tensor
 from suffuse.outputs import BaseOutput
 from suffuse.pipelines.arguments import check_batch, check_pixels, check_prompts, check_second_prompts, check_shape, prompt_count
-from suffuse.pipelines.features import check_features, values_of
+from suffuse.pipelines.features import TOLD_BY_PROMPTS, check_features, guidance_of, values_of
 from suffuse.pipelines.pipeline import DiffusionPipeline, Run
+from suffuse.pipelines.texts import tell_texts
 from suffuse.processing.image import Frame, VaeImageProcessor
 from suffuse.processing.pixels import edges, flattened
 
@@ -66,6 +66,8 @@ class StableDiffusionBase(LoraLoaderMixin, TextualInversionLoaderMixin, IPAdapte
 
     _scheduler_settings: ClassVar[dict[str, Any]] = {"steps_offset": 1, "clip_sample": False}
     """What Stable Diffusion was trained with, and old checkpoints get wrong."""
+    _told_by_text: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
+    """What the UNet is told of a text."""
     _upcast_types: ClassVar[dict[str, tuple[torch.dtype, ...]]] = {"encode": (), "decode": ()}
     """Types in which an autoencoder with `force_upcast` is not trusted to encode or decode; it then computes in float32."""
 
@@ -153,11 +155,8 @@ class StableDiffusionBase(LoraLoaderMixin, TextualInversionLoaderMixin, IPAdapte
 
     def guidance_for(self, scale: float, rescale: float = 0.0) -> Guidance:
         """How the call is guided: as it says, or by the UNet's own embedding of the scale if it has one, else classifier-free."""
-        given = self._run.arguments.get("guidance")
-        if given is not None:
-            return copy.deepcopy(given)  # what a guidance remembers belongs to the run
         embedded = self.unet.config.time_cond_proj_dim is not None
-        return EmbeddedGuidance(scale, rescale) if embedded else ClassifierFreeGuidance(scale, rescale)
+        return guidance_of(self, EmbeddedGuidance(scale) if embedded else ClassifierFreeGuidance(scale, rescale))
 
     def encode_prompt(
         self,
@@ -217,7 +216,15 @@ class StableDiffusionBase(LoraLoaderMixin, TextualInversionLoaderMixin, IPAdapte
         tensors = {"prompt_embeds": torch.cat([uncond, cond]) if guided and uncond is not None else cond}
         if uncond is not None:
             tensors["negative_prompt_embeds"] = uncond
-        return Conditioning(len(cond), run.guidance.branches, tensors)
+        return tell_texts(self, Conditioning(len(cond), TOLD_BY_PROMPTS if guided else ("cond",), tensors))
+
+    def read_texts(self, texts: list[str], length: int) -> dict[str, Tensor]:
+        """What the UNet is told of texts, of so many tokens, by the names of `_told_by_text`, (texts, …) each."""
+        self.check_encoders(self._run, texts, None, None)
+        with scaled(self.lora_scale):
+            texts = self.maybe_convert_prompt(texts, self.tokenizer)
+            states = encode_text(texts, self.tokenizer, self.text_encoder, self._execution_device, length=length)
+        return {"prompt_embeds": states}
 
     def check_encoders(self, run: Run, prompt: Any, prompt_embeds: Tensor | None, negative_embeds: Tensor | None) -> None:
         """Raise `InputError` if the text encoder that this call needs is not there, or embeddings do not fit the UNet."""

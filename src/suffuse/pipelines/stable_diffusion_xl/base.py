@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from suffuse.adapters.lora import StableDiffusionXLLoraLoaderMixin
 from suffuse.configuration import check_type
-from suffuse.diffusion.conditioning import Conditioner, Conditioning, ModelCall
+from suffuse.diffusion.conditioning import UNTOLD, Conditioner, Conditioning, ModelCall
 from suffuse.diffusion.loop import Step
 from suffuse.diffusion.prompts import encode_text_and_pool, listed, repeat_rows
 from suffuse.diffusion.weighted_prompts import length_for
@@ -24,8 +24,10 @@ from suffuse.errors import ConfigError, InputError
 from suffuse.layers.low_rank import scaled
 from suffuse.outputs import BaseOutput
 from suffuse.pipelines.arguments import check_shape
+from suffuse.pipelines.features import TOLD_BY_PROMPTS
 from suffuse.pipelines.stable_diffusion.base import ENCODERS, PROMPTS, StableDiffusionBase
 from suffuse.pipelines.stable_diffusion_xl.watermark import StableDiffusionXLWatermarker, is_available
+from suffuse.pipelines.texts import tell_texts
 
 if TYPE_CHECKING:
     from transformers import (
@@ -83,6 +85,7 @@ class StableDiffusionXLBase(StableDiffusionXLLoraLoaderMixin, StableDiffusionBas
     _scheduler_settings = {}
     _upcast_types = {"encode": (torch.float16, torch.bfloat16), "decode": (torch.float16,)}
     _negative_ids = "add_neg_time_ids"
+    _told_by_text = ("prompt_embeds", "add_text_embeds")
 
     text_encoder_2: Any
     tokenizer_2: Any
@@ -243,7 +246,13 @@ class StableDiffusionXLBase(StableDiffusionXLLoraLoaderMixin, StableDiffusionBas
             tensors |= {"negative_prompt_embeds": uncond, "negative_pooled_prompt_embeds": uncond_pooled}
         if guided and uncond is not None and uncond_pooled is not None:
             tensors |= {"prompt_embeds": torch.cat([uncond, cond]), "add_text_embeds": torch.cat([uncond_pooled, pooled])}
-        return Conditioning(len(cond), run.guidance.branches, tensors)
+        return tell_texts(self, Conditioning(len(cond), TOLD_BY_PROMPTS if guided else ("cond",), tensors))
+
+    def read_texts(self, texts: list[str], length: int) -> dict[str, Tensor]:
+        """What the UNet is told of texts, of so many tokens: their states side by side, and one vector each."""
+        self.check_readers(texts, None, None, None)
+        states, pooled = self._read([texts, texts], self._execution_device, length, 0, self.lora_scale)
+        return dict(zip(self._told_by_text, (states, cast(Tensor, pooled)), strict=True))
 
     def check_readers(self, prompt: Any, prompt_embeds: Tensor | None, negatives: Tensor | None, clip_skip: int | None) -> None:
         """Raise `InputError` if a text encoder that this call needs is not there, or embeddings do not fit the UNet."""
@@ -298,8 +307,8 @@ class StableDiffusionXLBase(StableDiffusionXLLoraLoaderMixin, StableDiffusionBas
             torch.tensor([numbers] * conditioning.batch, dtype=dtype, device=latents.device)
             for numbers in self.size_ids(height, width)
         )
-        guided = self.do_classifier_free_guidance
-        conditioning.tensors |= {self._negative_ids: uncond, "add_time_ids": torch.cat([uncond, cond]) if guided else cond}
+        ids = [uncond if branch in UNTOLD else cond for branch in conditioning.layout]
+        conditioning.tensors |= {self._negative_ids: uncond, "add_time_ids": torch.cat(ids)}
         return super().denoise(model, conditioning, latents, *way, **more)
 
     # ------------------------------------------------------------ a part of the way

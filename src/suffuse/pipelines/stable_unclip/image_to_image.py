@@ -11,6 +11,7 @@ from torch import Tensor
 from suffuse.errors import InputError
 from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import check_batch, recipe
+from suffuse.pipelines.features import Guided
 from suffuse.pipelines.image_variation.shown import pixels_of
 from suffuse.pipelines.saved_run import SavedRun
 from suffuse.pipelines.stable_unclip.vectors import FromVectors
@@ -19,6 +20,7 @@ from suffuse.processing.pixels import listed
 
 if TYPE_CHECKING:
     from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+    from typing_extensions import Unpack
 
     from suffuse.models.autoencoder_kl import AutoencoderKL
     from suffuse.models.unet_2d_condition import UNet2DConditionModel
@@ -96,6 +98,7 @@ class StableUnCLIPImg2ImgPipeline(FromVectors):
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
+        **values: Unpack[Guided],
     ) -> Any:
         """Draw what a picture shows once more, differently, with what prompts say.
 

@@ -18,12 +18,14 @@ from suffuse.diffusion.prompts import encode_text_and_project, listed
 from suffuse.errors import InputError
 from suffuse.noise import Generators, Seeds, randn_tensor
 from suffuse.pipelines.arguments import check_shape, recipe
+from suffuse.pipelines.features import Guided
 from suffuse.pipelines.saved_run import SavedRun
 from suffuse.pipelines.stable_diffusion.base import check_same
 from suffuse.pipelines.stable_unclip.vectors import FromVectors
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from typing_extensions import Unpack
 
     from suffuse.models.autoencoder_kl import AutoencoderKL
     from suffuse.models.prior_transformer import PriorTransformer
@@ -112,6 +114,7 @@ class StableUnCLIPPipeline(FromVectors):
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
+        **values: Unpack[Guided],
     ) -> Any:
         """Imagine what a picture of the prompt shows, and draw it.
 

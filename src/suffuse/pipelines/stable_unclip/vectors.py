@@ -76,8 +76,8 @@ class FromVectors(StableDiffusionBase):
 
         seen = see(batch).to(dtype)
         nothing = torch.zeros_like(seen)
-        branches = [nothing if branch in UNTOLD else seen for branch in run.guidance.branches]
-        conditioning.tensors["image_embeds"] = torch.cat(branches)
+        told = [nothing if branch in UNTOLD else seen for branch in conditioning.layout]
+        conditioning.tensors["image_embeds"] = torch.cat(told)
         noisy = self.make_noise(shape, dtype) * run.scheduler.init_noise_sigma
         return self.finish(self.denoise(self.unet, conditioning, noisy, way, steps, conditioners), dtype)
 

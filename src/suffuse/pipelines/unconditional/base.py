@@ -12,10 +12,11 @@ from suffuse.diffusion.advance import GuidedStep
 from suffuse.diffusion.conditioning import Conditioner, Conditioning
 from suffuse.diffusion.guidance import ClassifierFreeGuidance
 from suffuse.diffusion.loop import Advance
-from suffuse.errors import ConfigError
+from suffuse.errors import ConfigError, InputError
 from suffuse.models.unet_2d import UNet2DModel
 from suffuse.noise import randn_tensor
 from suffuse.pipelines.arguments import check_batch, check_shape
+from suffuse.pipelines.features import check_features, guidance_of
 from suffuse.pipelines.pipeline import DiffusionPipeline, ImagePipelineOutput
 from suffuse.processing.image import VaeImageProcessor
 from suffuse.schedulers.scheduler import SchedulerMixin
@@ -34,6 +35,14 @@ class Unconditional(DiffusionPipeline):
 
     def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin) -> None:
         self.register_modules(unet=unet, scheduler=scheduler)
+
+    def check_call(self, arguments: dict[str, Any]) -> None:
+        """Raise `InputError` if a guidance wants to know what the UNet says without being told, which it always is."""
+        check_features(self, arguments)
+        guidance = arguments.get("guidance")
+        if guidance is not None and "uncond" in guidance.branches:
+            found, remedy = type(guidance).__name__, "suffuse.AutoGuidance(2.0, worse=…) guides away from a worse model"
+            raise InputError("guidance by what a model is told needs one that is told something", found=found, remedy=remedy)
 
     def make_noise(self, batch: int) -> Tensor:
         """Standard normal noise for so many pictures from the generator of the call, or the latents that were passed for it.
@@ -58,7 +67,7 @@ class Unconditional(DiffusionPipeline):
             The clean sample.
         """
         run = self._run
-        run.guidance = ClassifierFreeGuidance(1.0)
+        run.guidance = guidance_of(self, ClassifierFreeGuidance(1.0))
         conditioning = Conditioning(len(noise), run.guidance.branches, {})
         return self.denoise(self.unet, conditioning, noise, run.scheduler.timesteps, steps, conditioners, advance=advance)
 

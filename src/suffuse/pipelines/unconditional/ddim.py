@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from suffuse.models.unet_2d import UNet2DModel
 from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
+from suffuse.pipelines.features import Guided
 from suffuse.pipelines.saved_run import SavedRun
 from suffuse.pipelines.unconditional.base import Unconditional, as_a
 from suffuse.schedulers.ddim import DDIMScheduler
 from suffuse.schedulers.scheduler import SchedulerMixin
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class DDIMPipeline(Unconditional):
@@ -36,6 +40,7 @@ class DDIMPipeline(Unconditional):
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
+        **values: Unpack[Guided],
     ) -> Any:
         """Draw pictures such as the UNet was trained on.
 

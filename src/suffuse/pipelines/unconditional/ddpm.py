@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
+from suffuse.pipelines.features import Guided
 from suffuse.pipelines.saved_run import SavedRun
 from suffuse.pipelines.unconditional.base import Unconditional
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class DDPMPipeline(Unconditional):
@@ -28,6 +32,7 @@ class DDPMPipeline(Unconditional):
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
+        **values: Unpack[Guided],
     ) -> Any:
         """Draw pictures such as the UNet was trained on.
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from suffuse.models.unet_2d import UNet2DModel
 from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import recipe
+from suffuse.pipelines.features import Guided
 from suffuse.pipelines.saved_run import SavedRun
 from suffuse.pipelines.unconditional.base import Unconditional, as_a
 from suffuse.schedulers.pndm import PNDMScheduler
 from suffuse.schedulers.scheduler import SchedulerMixin
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class PNDMPipeline(Unconditional):
@@ -34,6 +38,7 @@ class PNDMPipeline(Unconditional):
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
+        **values: Unpack[Guided],
     ) -> Any:
         """Draw pictures such as the UNet was trained on.
 

@@ -21,12 +21,14 @@ from suffuse.diffusion.loop import Step
 from suffuse.errors import InputError
 from suffuse.noise import Generators, Seeds, randn_tensor
 from suffuse.pipelines.arguments import check_batch, recipe
+from suffuse.pipelines.features import Guided
 from suffuse.pipelines.saved_run import SavedRun
 from suffuse.pipelines.stable_diffusion.base import StableDiffusionBase
 from suffuse.processing.image import ImageInput, VaeImageProcessor
 
 if TYPE_CHECKING:
     from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
+    from typing_extensions import Unpack
 
     from suffuse.models.autoencoder_kl import AutoencoderKL
     from suffuse.models.unet_2d_condition import UNet2DConditionModel
@@ -125,6 +127,7 @@ class StableDiffusionUpscalePipeline(StableDiffusionBase):
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
+        **values: Unpack[Guided],
     ) -> Any:
         """Draw pictures four times larger.
 

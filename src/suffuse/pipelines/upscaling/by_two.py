@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from suffuse.diffusion.advance import GuidedStep
+from suffuse.diffusion.advance import guided_step_of
 from suffuse.diffusion.conditioning import Channels, Conditioning, Denoiser, ModelCall, text
-from suffuse.diffusion.guidance import ClassifierFreeGuidance, Guidance
+from suffuse.diffusion.guidance import ClassifierFreeGuidance
 from suffuse.diffusion.latents import repeats
 from suffuse.diffusion.loop import Step
 from suffuse.diffusion.prompts import encode_text_and_end
 from suffuse.errors import InputError
 from suffuse.noise import Generators, Seeds
 from suffuse.pipelines.arguments import check_shape, prompt_count, recipe
+from suffuse.pipelines.features import Guided, guidance_of
 from suffuse.pipelines.pipeline import ImagePipelineOutput
 from suffuse.pipelines.saved_run import SavedRun
 from suffuse.pipelines.stable_diffusion.base import StableDiffusionBase, check_channels
@@ -31,6 +32,7 @@ from suffuse.schedulers.scheduler import SchedulerMixin
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
+    from typing_extensions import Unpack
 
     from suffuse.models.autoencoder_kl import AutoencoderKL
     from suffuse.models.unet_2d_condition import UNet2DConditionModel
@@ -62,12 +64,6 @@ class Preconditioned(Denoiser):
         return {branch: skipped + scale * made[:, :-1] for branch, made in super().__call__(step, branches, latents).items()}
 
 
-def preconditioned_step(denoiser: Denoiser, guidance: Guidance, scheduler: SchedulerMixin, options: dict[str, Any]) -> GuidedStep:
-    """A guided step whose denoiser is `Preconditioned`."""
-    inner = Preconditioned(denoiser.model, denoiser.scheduler, denoiser.conditioning, denoiser.conditioners)
-    return GuidedStep(inner, guidance, scheduler, options)
-
-
 def sigma_of(scheduler: Any, step: Step) -> Tensor:
     """The noise level of a step, 0-dimensional."""
     return scheduler.sigmas[step.index]
@@ -79,6 +75,7 @@ class StableDiffusionLatentUpscalePipeline(StableDiffusionBase):
     model_cpu_offload_seq = "text_encoder->unet->vae"
     _optional_components = []
     _callback_tensor_inputs = ["latents", "prompt_embeds"]
+    _told_by_text = ()
 
     safety_checker = feature_extractor = None
 
@@ -130,6 +127,7 @@ class StableDiffusionLatentUpscalePipeline(StableDiffusionBase):
         seed: Seeds = None,
         save_run: str | os.PathLike[str] | None = None,
         resume: str | os.PathLike[str] | SavedRun | None = None,
+        **values: Unpack[Guided],
     ) -> Any:
         """Draw pictures twice as large. With a `guidance_scale` of 0 the prompt is not read.
 
@@ -143,7 +141,7 @@ class StableDiffusionLatentUpscalePipeline(StableDiffusionBase):
         run = self._run
         if not hasattr(run.scheduler, "sigmas"):
             raise InputError(f"{type(run.scheduler).__name__} has no sigmas", remedy="pipe.scheduler = EulerDiscreteScheduler(…)")
-        run.guidance = ClassifierFreeGuidance(guidance_scale)
+        run.guidance = guidance_of(self, ClassifierFreeGuidance(guidance_scale))
         pictures = self.image_processor.preprocess(image)
         way, steps = self.way()
         conditioning = self.encode()
@@ -158,7 +156,7 @@ class StableDiffusionLatentUpscalePipeline(StableDiffusionBase):
         conditioning.share(enlarged=F.interpolate(small, scale_factor=2, mode="nearest"))
         noisy = self.make_noise(shape, dtype) * run.scheduler.init_noise_sigma
         conditioners = [text, SigmaAndVector(run.scheduler), Channels(["enlarged"])]
-        latents = self.denoise(self.unet, conditioning, noisy, way, steps, conditioners, advance=preconditioned_step)
+        latents = self.denoise(self.unet, conditioning, noisy, way, steps, conditioners, advance=guided_step_of(Preconditioned))
         return self.finish(latents, dtype)
 
     def encode(self) -> Conditioning:
