@@ -1,9 +1,9 @@
 """Time of calls of families that bend Stable Diffusion, peer and suffuse in turn in one process, with the same random weights.
 
-    python benchmarks/families.py [NAME …] [--wide] [--size 256] [--steps 8] [--repeats 5]
+    python benchmarks/families.py [NAME …] [--shape tiny] [--size 256] [--steps 8] [--repeats 5]
 
-The models are those of the tests; `--wide` gives the UNet the shape of Stable Diffusion 1.5 with a quarter of its channels. Needs
-the test extra, and diffusers, which it compares with.
+The models are those of the tests; `--shape full` gives the UNet the shape of Stable Diffusion 1.5, `--shape wide` the same with a
+quarter of its channels. Needs the test extra, and diffusers, which it compares with.
 """
 
 from __future__ import annotations
@@ -30,13 +30,18 @@ import suffuse
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 import tiny
 
-WIDE = {
-    "block_out_channels": (80, 160, 320, 320),
+BLOCKS = {
     "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
     "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
     "layers_per_block": 2,
-    "norm_num_groups": 16,
+    "attention_head_dim": 8,
 }
+SHAPES = {
+    "tiny": {},
+    "wide": {**BLOCKS, "block_out_channels": (80, 160, 320, 320), "norm_num_groups": 16},
+    "full": {**BLOCKS, "block_out_channels": (320, 640, 1280, 1280), "norm_num_groups": 32},
+}
+"""What is different from the UNet of the tests."""
 LARGE = {"block_out_channels": (64, 128, 256), "down_block_types": ("DownBlock2D",) + ("AttnDownBlock2D",) * 2}
 LARGE |= {"up_block_types": ("AttnUpBlock2D",) * 2 + ("UpBlock2D",), "layers_per_block": 2}
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
@@ -46,40 +51,40 @@ PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), d
 Parts = dict[str, Any]
 
 
-def stable_diffusion(folder: Path, wide: bool, unet: Parts) -> Parts:
+def stable_diffusion(folder: Path, shape: str, unet: Parts) -> Parts:
     """Components of Stable Diffusion."""
     parts = tiny.stable_diffusion(folder / "tokenizer")
     # Windows of panoramas are counted in latents of eight pixels.
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
     parts["vae"] = diffusers.AutoencoderKL(block_out_channels=[8] * 4, norm_num_groups=8, **blocks)
-    parts["unet"] = tiny.unet(**{**(WIDE if wide else {}), **unet})
+    parts["unet"] = tiny.unet(**{**SHAPES[shape], **unet})
     return parts
 
 
-def with_inverse(folder: Path, wide: bool, unet: Parts) -> Parts:
+def with_inverse(folder: Path, shape: str, unet: Parts) -> Parts:
     """With a scheduler that goes from pictures to noise, too."""
-    return stable_diffusion(folder, wide, unet) | {"inverse_scheduler": diffusers.DDIMInverseScheduler(**BETAS)}
+    return stable_diffusion(folder, shape, unet) | {"inverse_scheduler": diffusers.DDIMInverseScheduler(**BETAS)}
 
 
-def with_low_resolution(folder: Path, wide: bool, unet: Parts) -> Parts:
+def with_low_resolution(folder: Path, shape: str, unet: Parts) -> Parts:
     """With a scheduler that puts noise onto small pictures, too."""
-    return stable_diffusion(folder, wide, unet) | {"low_res_scheduler": diffusers.DDPMScheduler()}
+    return stable_diffusion(folder, shape, unet) | {"low_res_scheduler": diffusers.DDPMScheduler()}
 
 
-def pixels(folder: Path, wide: bool, unet: Parts) -> Parts:
+def pixels(folder: Path, shape: str, unet: Parts) -> Parts:
     """A UNet alone."""
-    return {"unet": tiny.unconditional_unet(**{**(LARGE if wide else {}), **unet})}
+    return {"unet": tiny.unconditional_unet(**{**({} if shape == "tiny" else LARGE), **unet})}
 
 
-def quantized(folder: Path, wide: bool, unet: Parts) -> Parts:
+def quantized(folder: Path, shape: str, unet: Parts) -> Parts:
     """A UNet and an autoencoder that quantizes."""
-    return {"vqvae": tiny.vq_model(), **pixels(folder, wide, unet)}
+    return {"vqvae": tiny.vq_model(), **pixels(folder, shape, unet)}
 
 
-def classes(folder: Path, wide: bool, unet: Parts) -> Parts:
+def classes(folder: Path, shape: str, unet: Parts) -> Parts:
     """A transformer of classes."""
     large = {"num_attention_heads": 6, "attention_head_dim": 64, "num_layers": 6, "sample_size": 32}
-    return {"transformer": tiny.transformer(out_channels=8, **(large if wide else {})), "vae": tiny.vae()}
+    return {"transformer": tiny.transformer(out_channels=8, **({} if shape == "tiny" else large)), "vae": tiny.vae()}
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ class Family:
     unet: dict[str, Any] = field(default_factory=dict)
     scheduler: str = "DDIMScheduler"
     pictured: bool = False
-    parts: Callable[[Path, bool, Parts], Parts] = stable_diffusion
+    parts: Callable[[Path, str, Parts], Parts] = stable_diffusion
     run: Callable[..., Any] = lambda pipe, **call: pipe(**call)
 
 
@@ -158,7 +163,7 @@ FAMILIES = {
 
 def pipelines(family: Family, options: argparse.Namespace, folder: Path) -> list[Any]:
     """The peer's pipeline and ours, of one checkpoint."""
-    parts, scheduler = family.parts(folder, options.wide, family.unet), getattr(diffusers, family.scheduler)
+    parts, scheduler = family.parts(folder, options.shape, family.unet), getattr(diffusers, family.scheduler)
     known = inspect.signature(scheduler).parameters
     parts["scheduler"] = scheduler(**{name: value for name, value in BETAS.items() if name in known})
     known = inspect.signature(getattr(diffusers, family.pipeline)).parameters
@@ -187,7 +192,7 @@ def seconds(pipe: Any, family: Family, options: argparse.Namespace) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=list(FAMILIES), metavar="NAME", help=", ".join(FAMILIES))
-    parser.add_argument("--wide", action="store_true", help="the shape of Stable Diffusion 1.5, a quarter of its channels")
+    parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
