@@ -167,10 +167,10 @@ def pipelines(family: Family, options: argparse.Namespace, folder: Path) -> list
     known = inspect.signature(scheduler).parameters
     parts["scheduler"] = scheduler(**{name: value for name, value in BETAS.items() if name in known})
     known = inspect.signature(getattr(diffusers, family.pipeline)).parameters
-    unchecked = {"requires_safety_checker": False, "safety_checker": None, "image_encoder": None}
-    parts |= {name: value for name, value in unchecked.items() if name in known}
-    getattr(diffusers, family.pipeline)(**parts).save_pretrained(folder / "pipeline")
-    made = [getattr(library, family.pipeline).from_pretrained(folder / "pipeline") for library in (diffusers, suffuse)]
+    without = {"requires_safety_checker": False, "safety_checker": None, "image_encoder": None}
+    without = {name: value for name, value in without.items() if name in known}
+    getattr(diffusers, family.pipeline)(**parts | without).save_pretrained(folder / "pipeline")
+    made = [getattr(library, family.pipeline).from_pretrained(folder / "pipeline", **without) for library in (diffusers, suffuse)]
     for pipe in made:
         pipe.set_progress_bar_config(disable=True)
     return made

@@ -244,9 +244,13 @@ class ConfigMixin:
         if push_to_hub:
             publish(type(self).__name__, save_directory, repo_id, commit_message, private, token, create_pr)
 
+    def written(self) -> dict[str, Any]:
+        """The entries of the configuration that go into a file."""
+        return {k: v for k, v in self.config.items() if k not in ("_use_default_values", "_name_or_path")}
+
     def to_json_string(self) -> str:
         """The configuration as JSON text, keys sorted."""
-        entries = {k: _plain(v) for k, v in self.config.items() if k not in ("_use_default_values", "_name_or_path")}
+        entries = {k: _plain(v) for k, v in self.written().items()}
         entries |= {"_class_name": type(self).__name__, "_diffusers_version": FORMAT_VERSION}
         return json.dumps(entries, indent=2, sort_keys=True) + "\n"
 

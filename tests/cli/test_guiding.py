@@ -60,6 +60,17 @@ REFUSED = {
     "no setting": (["--guide", "projected:momentum"], "is not understood"),
     "two guidances": (["--guide", "plain", "--edit", "a hat"], "--guide and --edit are both given"),
     "no concept": (["--edit", "-"], "--edit '-' is not understood"),
+    "no scale": (["--edit", "green:1.2.3"], "--edit 'green:1.2.3' is not understood"),
+    "a scale below 0": (["--edit", "green:-3"], r"--edit 'green:-3' is not understood(.|\n)*write -CONCEPT"),
+    "a colon and nothing": (["--edit", "green:"], "--edit 'green:' is not understood"),
+    "no number for a scale": (["--edit", "green:nan"], "--edit 'green:nan' is not understood"),
+    "safe from nothing": (["--guide", "safe:concept="], "SafeGuidance.concept is empty"),
+    "a setting twice": (["--guide", "safe:warmup=1,warmup=2"], "warmup is given twice"),
+    "two guidances for a run": (
+        ["--resume", "a.run", "--guide", "plain", "--edit", "a hat"],
+        "--guide and --edit are both given",
+    ),
+    "no guidance for a run": (["--resume", "a.run", "--guide", "projcted"], "--guide 'projcted' is unknown"),
     "no part": (["--guide-part", "0.8-0.2"], "--guide-part '0.8-0.2' is not understood"),
     "no parts": (["--guide-part", "..-1"], "is not understood"),
     "edits without guidance": (["--edit", "a hat", "--guidance", "1"], "concepts are given, and scale=1.0 guides nothing"),
@@ -74,3 +85,17 @@ def test_what_is_no_guidance_is_told(tmp_path, name):
     assert code != 0
     assert re.search(message, said.replace("│", "")), said
     assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "edit"),
+    [
+        ("green", ("green", 5.0, False)),
+        ("-green : 3", ("green", 3.0, True)),
+        ("+green:.5", ("green", 0.5, False)),
+        ("style: noir", ("style: noir", 5.0, False)),
+        ("at 3:30:7", ("at 3:30", 7.0, False)),
+    ],
+)
+def test_edits_are_words_and_a_scale(text, edit):
+    assert guiding._edits([text]) == [edit]

@@ -55,7 +55,7 @@ def test_a_refusal_takes_little_memory(tmp_path):
     def megabytes(field: str) -> float:
         return int(re.search(rf"{field}:\s+(\d+)", STATUS.read_text())[1]) / 1024
 
-    for name in BAD:
+    for name in [*BAD][::4]:  # of every kind some: what is read, and by what, is the same for many
         copied = shutil.copytree(folder("text"), tmp_path / name.replace("/", "-"))
         ROWS[name].damage(copied)
         gc.collect()

@@ -363,12 +363,15 @@ def test_a_net_for_another_autoencoder_is_refused():
 
 
 WRONG_GUIDANCE = {
-    "not a number": (lambda: ClassifierFreeGuidance(float("nan")), "guidance.scale=nan is out of range"),
-    "too much rescale": (lambda: ClassifierFreeGuidance(7.5, rescale=5.0), "guidance.rescale=5.0 is out of range"),
-    "a text": (lambda: ClassifierFreeGuidance("7"), "guidance combines no predictions"),
+    "not a number": (lambda: ClassifierFreeGuidance(float("nan")), "ClassifierFreeGuidance.scale=nan is out of range"),
+    "too much rescale": (lambda: ClassifierFreeGuidance(7.5, rescale=5.0), "ClassifierFreeGuidance.rescale=5.0 is out of range"),
+    "a text": (lambda: ClassifierFreeGuidance("7"), "ClassifierFreeGuidance.scale must be a number"),
     "a class": (lambda: ClassifierFreeGuidance, "guidance combines no predictions"),
     "a class inside": (lambda: suffuse.GuidanceInterval(ClassifierFreeGuidance), "guidance combines no predictions"),
-    "a number inside": (lambda: suffuse.GuidanceInterval(ClassifierFreeGuidance(float("inf"))), "guidance.guidance.scale=inf"),
+    "a number inside": (
+        lambda: suffuse.GuidanceInterval(ClassifierFreeGuidance(float("inf"))),
+        "ClassifierFreeGuidance.scale=inf",
+    ),
     "no model": (lambda: suffuse.AutoGuidance(2.0, torch.nn.Linear(2, 2)), "the worse model is no UNet"),
     "another type": (lambda: suffuse.AutoGuidance(2.0, copy.deepcopy(parts(False)["unet"]).half()), "compute in two types"),
 }

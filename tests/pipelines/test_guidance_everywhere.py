@@ -28,7 +28,7 @@ import test_stable_unclip_text
 import test_unconditional_pipelines
 import test_upscaling
 import torch
-from tasks import call, difference, mask, pair, picture
+from tasks import call, difference, mask, pair, picture, set_scheduler
 from test_composition import net, parts, t2i
 
 import suffuse
@@ -126,10 +126,15 @@ def of_kind(kind: str) -> Callable[..., Any]:
     return lambda **options: module.call(module.pair(kind)[1], kind, **options)
 
 
+def by_ddim(module: Any, **options: Any) -> Any:
+    set_scheduler(module.pipes(), "DDIMScheduler")
+    return module.draw(module.pipes()[1], **options)
+
+
 DRAWN: dict[str, Callable[..., Any]] = {
     **{name: partial(drawn_by, name) for name in FAMILY},
     "StableDiffusionDepth2ImgPipeline": lambda **options: call(pair("depth")[1], "depth", **options),
-    "CycleDiffusionPipeline": lambda **options: test_cycle_diffusion.draw(test_cycle_diffusion.pipes()[1], **options),
+    "CycleDiffusionPipeline": lambda **options: by_ddim(test_cycle_diffusion, **options),
     "StableDiffusionDiffEditPipeline": lambda **options: test_diffedit.draw(test_diffedit.pipes()[1], **options),
     "StableDiffusionPanoramaPipeline": lambda **options: test_panorama.draw(test_panorama.pipes()[1], **options),
     "StableDiffusionParadigmsPipeline": lambda **options: test_paradigms.draw(test_paradigms.pipes()[1], **options),

@@ -7,6 +7,7 @@ import warnings
 from dataclasses import dataclass
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers.hooks import LayerSkipConfig
@@ -20,6 +21,7 @@ from suffuse.diffusion.projected_guidance import AdaptiveProjectedGuidance, Tang
 from suffuse.diffusion.safe_guidance import SafeGuidance
 from suffuse.diffusion.self_attention_guidance import SelfAttentionGuidance
 from suffuse.diffusion.semantic_guidance import Concept, SemanticGuidance
+from suffuse.diffusion.weighted_prompts import Weighted
 from suffuse.diffusion.worse_guidance import AutoGuidance, Skipped, Unattended, WorseGuidance
 from suffuse.diffusion.zero_star_guidance import ZeroStarGuidance
 from suffuse.errors import InputError
@@ -215,11 +217,12 @@ VALUES = {
 def test_every_pipeline_takes_every_value_and_keeps_none(task, value):
     pipe = pair(task)[1]
     set_scheduler(pair(task), "DDIMScheduler")  # tests share these pipelines, and leave other schedulers
-    plain = call(pipe, task, guidance_scale=6.0, **QUICK)
-    first, second = (call(pipe, task, guidance=VALUES[value], **QUICK) for _ in range(2))
+    first, plain, second = (
+        call(pipe, task, **told, **QUICK)
+        for told in ({"guidance": VALUES[value]}, {"guidance_scale": 6.0}, {"guidance": VALUES[value]})
+    )
     assert difference(first, second) == 0
     assert difference(first, plain) > 1e-4
-    assert difference(call(pipe, task, guidance_scale=6.0, **QUICK), plain) == 0
 
 
 EDITS = {"editing_prompt": ["a hat", "snow"], "edit_warmup_steps": [0, 1], "reverse_editing_direction": [False, True]}
@@ -314,3 +317,144 @@ def test_branches_are_told_by_name(task):
     set_scheduler(pair(task), "DDIMScheduler")
     there, back = (call(pipe, task, guidance=kind(6.0), **QUICK) for kind in (ClassifierFreeGuidance, Backwards))
     assert difference(there, back) < 1e-4
+
+
+# ---------------------------------------------------------------- values that cannot be made
+
+NAN = float("nan")
+MADE_WRONG = {
+    "a text for a scale": (
+        lambda: ClassifierFreeGuidance("7"),
+        r"ClassifierFreeGuidance.scale must be a number(.|\n)*'7' \(str\)",
+    ),
+    "nothing for a scale": (lambda: ClassifierFreeGuidance(None), "ClassifierFreeGuidance.scale must be a number"),
+    "a tensor for a scale": (lambda: ClassifierFreeGuidance(torch.tensor(NAN)), r"scale must be a number(.|\n)*a tensor \(\)"),
+    "no number": (lambda: SafeGuidance(NAN), "SafeGuidance.scale=nan is out of range"),
+    "too much rescale": (lambda: TangentialGuidance(6.0, 2.0), r"TangentialGuidance.rescale=2.0 is out of range(.|\n)*\[0, 1\]"),
+    "a yes for a number": (lambda: WorseGuidance(6.0, worse_scale=True), "WorseGuidance.worse_scale must be a number"),
+    "no worse scale": (lambda: WorseGuidance(6.0, worse_scale=None), "WorseGuidance.worse_scale must be a number"),
+    "a text for momentum": (lambda: AdaptiveProjectedGuidance(6.0, momentum="a"), "AdaptiveProjectedGuidance.momentum must be"),
+    "shorter than nothing": (lambda: AdaptiveProjectedGuidance(6.0, longest=-1), r"longest=-1 is out of range(.|\n)*at least 0"),
+    "still for less than no step": (lambda: ZeroStarGuidance(6.0, still=-1), "ZeroStarGuidance.still=-1 is out of range"),
+    "still for no count": (lambda: ZeroStarGuidance(6.0, still="a"), "ZeroStarGuidance.still must be a whole number"),
+    "a text for how far away": (
+        lambda: SelfAttentionGuidance(6.0, sag_scale="a"),
+        "SelfAttentionGuidance.sag_scale must be a number",
+    ),
+    "no name": (lambda: SelfAttentionGuidance(6.0, layer=None), "SelfAttentionGuidance.layer has the wrong type"),
+    "nothing worse": (lambda: WorseGuidance(6.0, worsening=None), "WorseGuidance.worsening makes no model worse"),
+    "a name for what is worse": (lambda: WorseGuidance(6.0, worsening="mid_block"), "worsening makes no model worse"),
+    "a class for what is worse": (lambda: WorseGuidance(6.0, worsening=Unattended), "worsening makes no model worse"),
+    "no layers": (lambda: Skipped([]), "Skipped.layers are no names"),
+    "nothing for layers": (lambda: Skipped(None), "Skipped.layers has the wrong type"),
+    "numbers of layers": (lambda: Unattended([3]), "Unattended.layers are no names"),
+    "no worse model": (lambda: AutoGuidance(2.0, None), "AutoGuidance.worse has the wrong type"),
+    "a concept of a number": (lambda: Concept(3), "Concept.prompt is no text"),
+    "a concept of nothing": (lambda: Concept(None), "Concept.prompt is no text"),
+    "a concept of no words": (lambda: Concept(""), "Concept.prompt is empty"),
+    "a concept of no texts": (lambda: Concept([]), "Concept.prompt is an empty list"),
+    "concepts in a tuple": (lambda: Concept(("a",)), "Concept.prompt is no text"),
+    "concepts of numbers": (lambda: Concept([1]), r"Concept.prompt\[0\] is no text"),
+    "half a character": (lambda: Concept("\ud800"), "Concept.prompt is no valid Unicode"),
+    "an embedding of several": (
+        lambda: Concept(torch.zeros(1, 77, 32)),
+        r"Concept.prompt has the wrong shape(.|\n)*\(1, 77, 32\)",
+    ),
+    "an embedding of NaN": (lambda: Concept(torch.full((77, 32), NAN)), r"Concept.prompt has the wrong(.|\n)*not finite"),
+    "a text for how far": (lambda: Concept("a hat", scale="5"), "Concept.scale must be a number"),
+    "nobody knows how far": (lambda: Concept("a hat", scale=NAN), "Concept.scale=nan is out of range"),
+    "a number for whether": (lambda: Concept("a hat", reverse=1), "Concept.reverse has the wrong type"),
+    "before the first step": (lambda: Concept("a hat", warmup=-1), "Concept.warmup=-1 is out of range"),
+    "between two steps": (lambda: Concept("a hat", warmup=0.2), "Concept.warmup must be a whole number"),
+    "at no step": (lambda: Concept("a hat", cooldown="a"), "Concept.cooldown must be a whole number"),
+    "more than everything": (lambda: Concept("a hat", threshold=2.0), "Concept.threshold=2.0 is out of range"),
+    "of no known part": (lambda: Concept("a hat", threshold=NAN), "Concept.threshold=nan is out of range"),
+    "a word for concepts": (lambda: SemanticGuidance(6.0, "dog"), "SemanticGuidance.concepts has the wrong type"),
+    "words for concepts": (lambda: SemanticGuidance(6.0, ["dog"]), r"SemanticGuidance.concepts\[0\] has the wrong type"),
+    "nothing to replay": (lambda: SemanticGuidance(6.0, replayed=[None]), r"replayed\[0\] has the wrong type"),
+    "safe from nothing": (lambda: SafeGuidance(6.0, None), "SafeGuidance.concept is no text"),
+    "safe from a number": (lambda: SafeGuidance(6.0, 3), "SafeGuidance.concept is no text"),
+    "an interval of a class": (
+        lambda: GuidanceInterval(ZeroStarGuidance),
+        r"GuidanceInterval.guidance combines no(.|\n)*is made: ZeroStarGuidance",
+    ),
+    "an interval of nothing": (lambda: GuidanceInterval(None), "GuidanceInterval.guidance combines no predictions"),
+    "from a text": (lambda: GuidanceInterval(ClassifierFreeGuidance(6.0), "a"), "GuidanceInterval.start must be a number"),
+    "to nowhere": (lambda: GuidanceInterval(ClassifierFreeGuidance(6.0), 0.0, None), "GuidanceInterval.stop must be a number"),
+}
+
+
+@pytest.mark.parametrize("name", MADE_WRONG)
+def test_values_that_cannot_be_are_not_made(name):
+    make, message = MADE_WRONG[name]
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+def test_what_is_allowed_is_made():
+    numbers = [ClassifierFreeGuidance(scale).scale for scale in (7, np.float32(7), np.int64(7))]
+    assert numbers == [7, 7, 7]
+    assert Concept(Weighted("(a hat:1.2)")).prompt == "(a hat:1.2)"
+    assert Concept(["a hat", ""]).prompt[1] == ""  # nothing for the second picture
+
+
+def test_one_name_is_one_layer():
+    assert Unattended("mid_block") == Unattended(("mid_block",))
+
+
+SET_LATER = {
+    "rescale": (ClassifierFreeGuidance(6.0), "rescale", 2.0, r"guidance\.rescale=2\.0 is out of range"),
+    "scale": (GuidanceInterval(ZeroStarGuidance(6.0)), "scale", "7", r"guidance\.guidance\.scale must be a number"),
+    "held": (GuidanceInterval(ZeroStarGuidance(6.0)), "guidance", None, r"guidance\.guidance combines no predictions"),
+    "concepts": (SemanticGuidance(6.0), "concepts", "dog", r"guidance\.concepts has the wrong type"),
+}
+
+
+@pytest.mark.parametrize("name", SET_LATER)
+def test_values_that_were_spoiled_later_are_told_in_the_call(name):
+    guidance, field, value, message = SET_LATER[name]
+    guidance = copy.deepcopy(guidance)
+    setattr(guidance, field, value)
+    generator = torch.Generator().manual_seed(1)
+    before = generator.get_state()
+    with pytest.raises(InputError, match=message):
+        pair("text")[1]("a cat", guidance=guidance, generator=generator)
+    assert torch.equal(before, generator.get_state())
+
+
+@pytest.mark.parametrize(
+    ("replayed", "message"),
+    [
+        ([torch.zeros(2, 4, 8, 6)], "replayed: 1 edits for 4 steps"),
+        (torch.zeros(4, 2, 4, 3, 3), r"replayed\[1\] has the wrong shape(.|\n)*\(2, 4, 3, 3\)(.|\n)*\(2, 4, 8, 6\)"),
+    ],
+)
+def test_edits_that_do_not_fit_are_told_before_the_model_is_asked(replayed, message):
+    def asked(step, branches):
+        raise AssertionError("the model is asked")
+
+    with pytest.raises(InputError, match=message):
+        SemanticGuidance(6.0, replayed=replayed)(asked, Step(torch.zeros(2, 4, 8, 6), STEPS, 1))
+
+
+class Scaleless(suffuse.Guidance):
+    """A guidance of one's own that goes no further than the prompt."""
+
+    branches = ("cond",)
+
+    def __call__(self, denoiser, step):
+        return denoiser(step, self.branches)["cond"]
+
+
+@pytest.mark.parametrize("wrap", [lambda own: own, GuidanceInterval], ids=["itself", "in part"])
+def test_a_guidance_of_ones_own_needs_no_scale(wrap):
+    pipe, seen = pair("text")[1], []
+    set_scheduler(pair("text"), "DDIMScheduler")
+
+    def look(pipe, index, timestep, tensors):
+        seen.append(pipe.guidance_scale)
+        return tensors
+
+    made = call(pipe, "text", guidance=wrap(Scaleless()), callback_on_step_end=look, **QUICK)
+    assert difference(made, call(pipe, "text", guidance_scale=1.0, **QUICK)) == 0
+    assert seen == [1.0] * 3

@@ -59,13 +59,11 @@ def test_the_error_falls_as_fast_as_the_order_says(name):
 @pytest.mark.parametrize("name", DRAWING)
 def test_what_is_drawn_is_spread_as_it_must_be(name):
     """Linear as all is, the variance at the end is the sum of the squares of what each draw, and the beginning, becomes."""
-
-    def becomes(beginning: float, of_draw: int) -> float:
-        draws = itertools.count()
-        return walk(name, torch.tensor(beginning).double(), levels(200), lambda *_: float(next(draws) == of_draw)).item()
-
     draws = 400 if name == "sample_dpmpp_sde" else 200
-    variance = becomes(1.0, -1) ** 2 * (1 + 4.0**2) + sum(becomes(0.0, draw) ** 2 for draw in range(draws))
+    # Walked side by side: one in which each draw is 1 and all else 0, and last the one that begins with 1.
+    each, drawn = torch.eye(draws + 1, dtype=torch.float64), itertools.count()
+    becomes = walk(name, each[-1], levels(200), lambda *_: each[next(drawn)])
+    variance = becomes[-1] ** 2 * (1 + 4.0**2) + (becomes[:-1] ** 2).sum()
     assert abs(variance / (1 + 0.5**2) - 1) < 0.03
 
 
@@ -245,6 +243,12 @@ def test_a_control_acts_in_its_steps_however_often_each_asks(xl):
     finally:
         sampled.set_scheduler("sample_euler")
     assert min(difference(one, other) for one, other in itertools.combinations((whole, early, late), 2)) > 1e-4
+
+
+@pytest.mark.parametrize("name", [["sample_heun"], None, 3])
+def test_what_is_no_name_is_no_sampler(name):
+    with pytest.raises(InputError, match="there is no sampler"):
+        composed(False)[1].set_scheduler(name)
 
 
 @pytest.mark.parametrize("xl", [False, True], ids=["", "XL"])

@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 from tasks import align, difference, pair, picture, set_scheduler
-from values import GUIDANCE, adapted, controlled
+from values import EVERY, GUIDANCE, adapted, controlled
 
 import suffuse
 from suffuse.diffusion.guidance import ClassifierFreeGuidance
@@ -268,7 +268,7 @@ def test_a_guidance_scale_is_a_guidance():
     assert difference(draw(pipes()[1], guidance=ClassifierFreeGuidance(7.5)), draw(pipes()[1])) == 0
 
 
-@pytest.mark.parametrize("name", GUIDANCE)
+@pytest.mark.parametrize("name", EVERY)
 def test_guidance_remembers_each_window(name):
     set_scheduler(pipes(), "DDIMScheduler")
     guidance = GUIDANCE[name](pipes()[1])

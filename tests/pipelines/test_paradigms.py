@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 from tasks import align, difference, pair, picture, set_scheduler
-from values import GUIDANCE, adapted, controlled, controlnet
+from values import EVERY, GUIDANCE, adapted, controlled, controlnet
 
 import suffuse
 from suffuse.diffusion.guidance import ClassifierFreeGuidance
@@ -163,7 +163,7 @@ def plain_pipe():
     return plain
 
 
-@pytest.mark.parametrize("prompt", ["a cat", ["a cat", "a dog"]], ids=["one", "two"])
+@pytest.mark.parametrize("prompt", ["a cat", pytest.param(["a cat", "a dog"], marks=pytest.mark.slow)], ids=["one", "two"])
 @pytest.mark.parametrize("name", SHOWN)
 def test_each_step_is_shown_what_it_is_shown_one_after_another(name, prompt):
     set_scheduler(pipes(), "DDIMParallelScheduler", set_alpha_to_one=True)
@@ -202,7 +202,7 @@ def test_a_guidance_scale_is_a_guidance():
     assert difference(draw(pipes()[1], guidance=ClassifierFreeGuidance(7.5)), draw(pipes()[1])) == 0
 
 
-@pytest.mark.parametrize("name", GUIDANCE)
+@pytest.mark.parametrize("name", EVERY)
 def test_each_step_is_guided_as_one_after_another(name):
     set_scheduler(pipes(), "DDIMParallelScheduler", set_alpha_to_one=True)
     guidance = GUIDANCE[name](pipes()[1])

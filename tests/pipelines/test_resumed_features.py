@@ -128,7 +128,7 @@ def test_guidance_that_rescales_nothing_says_so():
         assert pipe.guidance_rescale == 0
         pipe._guidance_rescale = 0.5
 
-    for value in (suffuse.AutoGuidance(2.0, worse()), suffuse.GuidanceInterval(suffuse.SafeGuidance(6.0, "a dog"))):
+    for value in (suffuse.AutoGuidance(2.0, worse()), suffuse.GuidanceInterval(suffuse.SafeGuidance(6.0, "a dog", warmup=0))):
         kind = type(value).__name__
         with pytest.raises(InputError, match=f"guidance_rescale cannot be set: {kind} has no rescale"):
             call(pair("text")[1], "text", guidance=value, callback_on_step_end=change)

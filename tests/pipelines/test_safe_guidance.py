@@ -73,6 +73,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:no step of 5 is told what to keep away from")
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_step_equals_the_peers(pipes, name):
     (theirs, steps), (mine, own) = (draw(pipe, **OPTIONS[name]) for pipe in pipes)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from tasks import picture
 
@@ -72,3 +73,7 @@ GUIDANCE: dict[str, Callable[[Any], Guidance]] = {
     "away from harm": lambda pipe: SafeGuidance(6.0, "rain", warmup=1, threshold=1.0),
 }
 """Name → a guidance that draws another picture than a guidance scale does."""
+
+QUICKLY = ("with momentum", "in an interval", "towards a concept", "away from a blind one")
+"""Those in which all that a loop may get wrong of guidance is to be seen: memory, steps, branches, further questions."""
+EVERY = [name if name in QUICKLY else pytest.param(name, marks=pytest.mark.slow) for name in GUIDANCE]

@@ -153,11 +153,11 @@ def generate(
 
         prompt, negative = (text if text is None else Weighted(text) for text in (prompt, negative))
         context.params |= {"prompt": prompt, "negative": negative}
+    guiding.check_options(context.params)
     if resume is not None:
         _go_on(resume, prompt, _changes(context), model, output, dtype, device, save_run, context.params)
         return
     features.check_options(context.params)
-    guiding.check_options(context.params)
     if prompt is None and model is None:
         raise InputError("there is no prompt", remedy='suffuse generate "a red apple"')
     defaults = SETTINGS[DEFAULT] if model is None else {}

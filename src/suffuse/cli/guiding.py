@@ -124,6 +124,10 @@ def _class_and_settings(text: str) -> tuple[str, dict[str, str]]:
         )
     if not all(setting and equals for setting, equals, _ in pairs):
         raise InputError(f"--guide {text!r} is not understood", expected="WAY:NAME=VALUE,NAME=VALUE")
+    names = [setting.strip() for setting, _, _ in pairs]
+    for setting in names:
+        if names.count(setting) > 1:
+            raise InputError(f"--guide {text!r}: {setting} is given twice", remedy="leave out one of them")
     return name, {setting.strip(): value for setting, _, value in pairs}
 
 
@@ -131,10 +135,14 @@ def _edits(texts: Sequence[str]) -> list[tuple[str, float, bool]]:
     """For each concept its words, how far, and whether away from it."""
     edits: list[tuple[str, float, bool]] = []
     for text in texts:
-        match = re.fullmatch(r"([+-]?)(.*?)(?::([0-9.]+))?", text.strip())
-        if match is None or not match[2]:
-            raise InputError(f"--edit {text!r} is not understood", expected='CONCEPT, -CONCEPT or CONCEPT:SCALE, as in "-snow:3"')
-        edits.append((match[2], float(match[3] or 5.0), match[1] == "-"))
+        # After the last colon, what begins as a number is to be one: who says "at 3:30" adds a scale, "at 3:30:5".
+        match = re.fullmatch(r"([+-]?)\s*(.*?)\s*(?::\s*([-+.\d][^:]*|nan|inf|))?", text.strip(), re.DOTALL | re.IGNORECASE)
+        scale = "5" if match is None or match[3] is None else match[3]
+        if match is None or not match[2] or not re.fullmatch(r"\d+\.?\d*|\.\d+", scale.strip()):
+            remedy = "to go away from it, write -CONCEPT" if match and scale.startswith("-") else ""
+            expected = 'CONCEPT, -CONCEPT or CONCEPT:SCALE, as in "-snow:3"'
+            raise InputError(f"--edit {text!r} is not understood", expected=expected, remedy=remedy)
+        edits.append((match[2], float(scale), match[1] == "-"))
     return edits
 
 

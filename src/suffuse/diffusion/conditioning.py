@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,11 +62,14 @@ class Conditioning:
         batch: Pictures made at once; the length of one branch.
         layout: Names of the branches, in the order the tensors are joined in.
         tensors: Name → tensor.
+        further: Branch → name → tensor (batch, …), of branches that are told what no prompt says; of all else they are told what
+            "cond" is. They are not joined to the others: callbacks see the prompts alone.
     """
 
     batch: int
     layout: tuple[str, ...]
     tensors: dict[str, Tensor]
+    further: dict[str, dict[str, Tensor]] = field(default_factory=dict[str, dict[str, Tensor]])
 
     def share(self, **values: Tensor) -> None:
         """Add tensors, (batch, …), that are the same in every branch."""
@@ -74,6 +77,15 @@ class Conditioning:
 
     def select(self, name: str, branches: tuple[str, ...]) -> Tensor:
         """The rows of `name` that belong to `branches`, in their order."""
+        if self.further.keys().isdisjoint(branches):
+            return self._joined(name, branches)
+        likes = ["cond" if branch in self.further else branch for branch in branches]
+        asked = tuple(dict.fromkeys(likes))
+        known = dict(zip(asked, self._joined(name, asked).chunk(len(asked)), strict=True))
+        pairs = zip(branches, likes, strict=True)
+        return torch.cat([self.further.get(branch, {}).get(name, known[like]) for branch, like in pairs])
+
+    def _joined(self, name: str, branches: tuple[str, ...]) -> Tensor:
         joined = self.tensors[name]
         narrowed = len(joined) == self.batch * len(branches) and len(branches) != len(self.layout)
         return joined if narrowed else rows(joined, self.layout, branches)
@@ -133,9 +145,9 @@ Conditioner = Callable[[ModelCall, Step], None]
 """Changes what the model sees in one call."""
 
 
-def warn_of_unheard(conditioners: Sequence[Conditioner], total: int) -> None:
-    """Warn, once, of conditioners that say with `unheard(total)` that none of so many steps is in their part of the way."""
-    asked = (getattr(condition, "unheard", None) for condition in conditioners)
+def warn_of_unheard(values: Sequence[Any], total: int) -> None:
+    """Warn, once, of conditioners and guidance that say with `unheard(total)` that none of so many steps is in their part."""
+    asked = (getattr(value, "unheard", None) for value in values)
     unheard = [what for ask in asked if ask is not None and (what := ask(total)) is not None]
     if unheard:
         told = " nor ".join(unheard)
@@ -193,3 +205,29 @@ class Denoiser:
         sample = torch.cat([call.sample, *call.channels], dim=1) if call.channels else call.sample
         output = self.model(sample, timestep=call.timestep, **call.kwargs, return_dict=False)[0]
         return dict(zip(branches, output.chunk(len(branches)), strict=True))
+
+
+@dataclass
+class Foreseen(Denoiser):
+    """A denoiser that was asked for the latents of a step, in a batch with others: it says again what it said then.
+
+    One that is made of it by `replace` sees something else, and has said nothing.
+
+    Attributes:
+        said: What it said, by branch.
+    """
+
+    said: Mapping[str, Tensor] = field(init=False, default_factory=dict[str, Tensor])
+
+    @classmethod
+    def of(cls, denoiser: Denoiser, said: Mapping[str, Tensor]) -> Foreseen:
+        """The denoiser, and what it said."""
+        made = cls(denoiser.model, denoiser.scheduler, denoiser.conditioning, denoiser.conditioners)
+        made.said = said
+        return made
+
+    def __call__(self, step: Step, branches: tuple[str, ...], latents: Tensor | None = None) -> dict[str, Tensor]:
+        """Predictions by branch, for the latents of the step or those given instead."""
+        if latents is None and self.said.keys() >= {*branches}:
+            return {branch: self.said[branch] for branch in branches}
+        return super().__call__(step, branches, latents)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from suffuse.diffusion.advance import GuidedStep
-from suffuse.diffusion.conditioning import Conditioning, Denoiser
+from suffuse.diffusion.conditioning import Conditioning, Denoiser, Foreseen
 from suffuse.diffusion.guidance import ClassifierFreeGuidance
-from suffuse.diffusion.held_guidance import Foreseen, HeldGuidance
+from suffuse.diffusion.holding_guidance import HoldingGuidance
 from suffuse.diffusion.loop import Step
 from suffuse.noise import randn_tensor
 
@@ -34,7 +34,7 @@ def _of_target(values: Tensor, branches: tuple[str, ...]) -> Tensor:
 
 
 @dataclass
-class SourceAndTarget(HeldGuidance):
+class SourceAndTarget(HoldingGuidance):
     """Guidance for a batch whose first half is the source and whose second half is the target, which another guides.
 
     Attributes:
@@ -53,7 +53,7 @@ class SourceAndTarget(HeldGuidance):
             {branch: said[branch][0] for branch in ("cond", "uncond") if branch in said}
         )
         told = denoiser.conditioning
-        alone = replace(denoiser, conditioning=TargetOnly(told.batch, told.layout, told.tensors))
+        alone = replace(denoiser, conditioning=TargetOnly(**vars(told)))
         own = Foreseen.of(alone, {branch: target for branch, (_, target) in said.items()})
         return torch.cat([source, self.guidance(own, replace(step, latents=step.latents.chunk(2)[1]))])
 

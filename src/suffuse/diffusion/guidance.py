@@ -6,13 +6,15 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from suffuse.diffusion.checked import Checked, shown
 from suffuse.diffusion.conditioning import Denoiser
 from suffuse.diffusion.loop import Step
+from suffuse.errors import InputError
 from suffuse.schedulers.scheduler import SchedulerMixin
 
 Self = TypeVar("Self", bound="Guidance")
@@ -20,14 +22,18 @@ Text = str | list[str] | Tensor
 """What a branch is told: a text, one for each prompt, or what the text encoder makes of it, (tokens, width)."""
 
 
-class Guidance(ABC):
+class Guidance(Checked, ABC):
     """Asks the denoiser for the branches it needs and makes one prediction of them.
 
     Class attributes:
         remembers: Fields that the steps change, which a saved run keeps.
+
+    Attributes:
+        scale: How far to go, what `pipe.guidance_scale` is meanwhile; a guidance without one is at 1.
     """
 
     remembers: ClassVar[tuple[str, ...]] = ()
+    limits: ClassVar[Mapping[str, tuple[float, float]]] = {"rescale": (0, 1)}
     scale: float
 
     @property
@@ -44,6 +50,15 @@ class Guidance(ABC):
         """What branches are told that the prompts of the call say nothing of."""
         return {}
 
+    @property
+    def models(self) -> Mapping[str, nn.Module]:
+        """Models that are asked besides that of the pipeline, by the names of fields."""
+        return {}
+
+    def unheard(self, total: int) -> str | None:
+        """What none of so many steps is told, if something is meant for steps that there are not."""
+        return None
+
     def fork(self: Self) -> Self:
         """One like it for a run of its own: what steps change is its own, models and texts are shared."""
         fork = copy.copy(self)
@@ -51,11 +66,19 @@ class Guidance(ABC):
             setattr(fork, name, copy.copy(getattr(self, name)))
         return fork
 
-    def check_model(self, model: nn.Module) -> None:  # noqa: B027  most can guide any
+    def check_model(self, model: nn.Module) -> None:
         """Raise `InputError` unless the model can be guided so; computes nothing."""
 
-    def check_scheduler(self, scheduler: SchedulerMixin) -> None:  # noqa: B027  most can guide with any
+    def check_scheduler(self, scheduler: SchedulerMixin) -> None:
         """Raise `InputError` unless the scheduler, whose timesteps are set, lets the model be guided so."""
+
+
+def is_guidance(name: str, value: Any) -> None:
+    """Raise `InputError` unless the value is a guidance."""
+    if not isinstance(value, Guidance):
+        remedy = f"pass one that is made: {value.__name__}(…)" if isinstance(value, type) else ""
+        expected = "a suffuse.Guidance, ClassifierFreeGuidance(7.5) for example"
+        raise InputError(f"{name} combines no predictions", found=shown(value), expected=expected, remedy=remedy)
 
 
 @dataclass

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from suffuse.diffusion.conditioning import Denoiser
-from suffuse.diffusion.held_guidance import HeldGuidance
+from suffuse.diffusion.holding_guidance import HoldingGuidance
 from suffuse.diffusion.loop import Step
 from suffuse.errors import InputError
 
 
 @dataclass
-class GuidanceInterval(HeldGuidance):
+class GuidanceInterval(HoldingGuidance):
     """Another guidance from one part of the way to another, and the conditional prediction alone elsewhere.
 
     Attributes:
@@ -28,9 +28,18 @@ class GuidanceInterval(HeldGuidance):
     start: float = 0.0
     stop: float = 1.0
 
-    def __post_init__(self) -> None:
+    def check_values(self, name: str) -> None:
+        """Raise `InputError` unless these are an interval, of a guidance that is what it may be."""
+        super().check_values(name)
         if not 0 <= self.start <= self.stop <= 1:
-            raise InputError("no interval of guidance", found=(self.start, self.stop), expected="0 <= start <= stop <= 1")
+            raise InputError(
+                f"{name}: no interval of guidance", found=(self.start, self.stop), expected="0 <= start <= stop <= 1"
+            )
+
+    def unheard(self, total: int) -> str | None:
+        """That nothing is guided, if no step of so many lies between; that none is meant to is taken as said."""
+        none = self.start < self.stop and int(self.start * total) >= int(self.stop * total)
+        return f"guidance (from {self.start} to {self.stop})" if none else super().unheard(total)
 
     def __call__(self, denoiser: Denoiser, step: Step) -> Tensor:
         """One prediction, of the shape of the latents."""

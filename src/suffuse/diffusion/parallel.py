@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from suffuse.diffusion.advance import GuidedStep
-from suffuse.diffusion.conditioning import Denoiser, ManyTimes, ModelCall, whole
+from suffuse.diffusion.conditioning import Denoiser, Foreseen, ManyTimes, ModelCall, whole
 from suffuse.diffusion.guidance import Guidance
-from suffuse.diffusion.held_guidance import Foreseen, HeldGuidance
+from suffuse.diffusion.holding_guidance import HoldingGuidance
 from suffuse.diffusion.loop import Step
 from suffuse.errors import InputError
 from suffuse.noise import Generators, randn_tensor
@@ -60,12 +60,12 @@ class TogetherDenoiser(Denoiser):
         """Predictions by branch for all steps, (steps · batch, channels, rows, columns)."""
         told, count = self.conditioning, len(step.indices)
         model = self.wide if self.wide is not None and count >= FEW else self.model
-        conditioning = ManyTimes(told.batch, told.layout, told.tensors, [whole] * count)
+        conditioning = ManyTimes(**vars(told), views=[whole] * count)
         return Denoiser(model, self.scheduler, conditioning, [at_own_time, *self.conditioners])(step, branches, latents)
 
 
 @dataclass
-class Settling(HeldGuidance):
+class Settling(HoldingGuidance):
     """A guidance of steps that are taken at once, and what is known of the way.
 
     Attributes:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import ClassVar
 
 import torch
@@ -24,6 +26,7 @@ class AdaptiveProjectedGuidance(ClassifierFreeGuidance):
     """
 
     remembers: ClassVar[tuple[str, ...]] = ("average",)
+    limits: ClassVar[Mapping[str, tuple[float, float]]] = {"longest": (0, inf)}
     parallel: float = 1.0
     longest: float = 0.0
     momentum: float = 0.0

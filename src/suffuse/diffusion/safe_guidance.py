@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import ClassVar
 
 import torch
@@ -38,6 +39,7 @@ class SafeGuidance(Guidance):
     """
 
     remembers: ClassVar[tuple[str, ...]] = ("momentum",)
+    limits: ClassVar[Mapping[str, tuple[float, float]]] = {"warmup": (0, inf)}
     scale: float
     concept: Text = CONCEPT
     safety_scale: float = 1000.0
@@ -58,6 +60,10 @@ class SafeGuidance(Guidance):
     def texts(self) -> Mapping[str, Text]:
         """The concept, where it is asked for."""
         return {"safety": self.concept} if "safety" in self.branches else {}
+
+    def unheard(self, total: int) -> str | None:
+        """That nothing is kept away from, if so many steps are over before it counts."""
+        return f"what to keep away from (warmup={self.warmup})" if self.texts and self.warmup >= total else None
 
     def __call__(self, denoiser: Denoiser, step: Step) -> Tensor:
         """One prediction, of the shape of the latents."""

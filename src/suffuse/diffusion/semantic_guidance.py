@@ -6,11 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from math import inf
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from suffuse.diffusion.checked import Checked, is_a
 from suffuse.diffusion.conditioning import Denoiser
 from suffuse.diffusion.guidance import Guidance, Text
 from suffuse.diffusion.loop import Step
@@ -18,7 +20,7 @@ from suffuse.errors import InputError
 
 
 @dataclass(frozen=True)
-class Concept:
+class Concept(Checked):
     """What a picture is edited by: a branch of its own, "edit_0", "edit_1" and so on.
 
     Attributes:
@@ -31,6 +33,7 @@ class Concept:
         weight: Of it among the others; below 0 as 0.
     """
 
+    limits: ClassVar[Mapping[str, tuple[float, float]]] = {"warmup": (0, inf), "cooldown": (0, inf), "threshold": (0, 1)}
     prompt: Text
     scale: float = 5.0
     reverse: bool = False
@@ -62,7 +65,7 @@ class SemanticGuidance(Guidance):
         beta: How much of them is kept from step to step.
         replayed: Edits of another run, (batch or 1, channels, rows, columns) for each step, to add.
         momentum: What is remembered of the edits so far.
-        applied: The edit of each step so far, to be replayed in another run.
+        applied: The edit of each step so far, to be replayed in another run; None if they are not to be kept.
 
     Raises:
         InputError: There are concepts, and the scale asks for none.
@@ -75,12 +78,20 @@ class SemanticGuidance(Guidance):
     beta: float = 0.4
     replayed: Sequence[Tensor] | Tensor = ()
     momentum: Tensor | None = field(default=None, repr=False)
-    applied: list[Tensor] = field(default_factory=list[Tensor], repr=False)
+    applied: list[Tensor] | None = field(default=None, repr=False)
 
-    def __post_init__(self) -> None:
+    def check_values(self, name: str) -> None:
+        """Raise `InputError` unless it is what it may be, and its scale asks for the concepts."""
+        super().check_values(name)
+        is_a(list, tuple, spelled='a list of Concept, [Concept("a hat")] for example')(f"{name}.concepts", self.concepts)
+        for index, concept in enumerate[Any](self.concepts):
+            is_a(Concept, spelled='a Concept, Concept("a hat") for example')(f"{name}.concepts[{index}]", concept)
+        is_a(Tensor, list, tuple, spelled="a list of tensors, one for each step")(f"{name}.replayed", self.replayed)
+        for index, edit in enumerate[Any](self.replayed):
+            is_a(Tensor, spelled="a torch.Tensor")(f"{name}.replayed[{index}]", edit)
         if self.concepts and self.scale <= 1:
             raise InputError(
-                f"concepts are given, and scale={self.scale} guides nothing", expected="a scale above 1, 7.5 for example"
+                f"{name}: concepts are given, and scale={self.scale} guides nothing", expected="a scale above 1, 7.5 for example"
             )
 
     @property
@@ -94,20 +105,40 @@ class SemanticGuidance(Guidance):
         """The concepts, where they are asked for."""
         return dict(zip(self.branches[2:], (concept.prompt for concept in self.concepts), strict=False))
 
+    def unheard(self, total: int) -> str | None:
+        """That the picture is not edited, if so many steps are over before any concept counts."""
+        warmup = min((concept.warmup for concept in self.concepts), default=0)
+        return f"a concept (warmup={warmup})" if self.texts and warmup >= total else None
+
     def __call__(self, denoiser: Denoiser, step: Step) -> Tensor:
         """One prediction, of the shape of the latents."""
+        replayed = self.replayed_at(step)
         predictions = denoiser(step, self.branches)
         cond, uncond = predictions["cond"], predictions.get("uncond")
         if uncond is None:
             return cond
         guided = (cond - uncond).mul_(self.scale)
         edit = self.edit([predictions[name] for name in self.branches[2:]], uncond, step.index)
-        self.applied.append(edit)
+        if self.applied is not None:
+            self.applied.append(edit)
         if self.concepts:
             guided = guided + edit
-        if len(self.replayed):
-            guided = guided + self.replayed[step.index].to(guided)
-        return uncond + guided
+        return uncond + (guided if replayed is None else guided + replayed.to(guided))
+
+    def replayed_at(self, step: Step) -> Tensor | None:
+        """The edit of another run that is added at a step, if any are.
+
+        Raises:
+            InputError: There is none for this step, or it is not of the shape of the latents.
+        """
+        if not len(self.replayed) or self.scale <= 1:
+            return None
+        if step.index >= len(self.replayed):
+            raise InputError(f"replayed: {len(self.replayed)} edits for {step.total} steps", remedy="pass one for each step")
+        edit, shape = self.replayed[step.index], tuple(step.latents.shape)
+        if tuple(edit.shape) not in (shape, (1, *shape[1:])):
+            raise InputError(f"replayed[{step.index}] has the wrong shape", found=tuple(edit.shape), expected=shape)
+        return edit
 
     def edit(self, predictions: Sequence[Tensor], uncond: Tensor, index: int) -> Tensor:
         """What the concepts that are warm add at a step (equation 8), and remember it (equation 9)."""

@@ -104,9 +104,7 @@ class WindowedDenoiser(Denoiser):
         seen, told = step.latents if latents is None else latents, self.conditioning
         groups = [self.views[start : start + self.at_once] for start in range(0, len(self.views), self.at_once)]
         made = [
-            Denoiser(self.model, self.scheduler, ManyTimes(told.batch, told.layout, told.tensors, group), self.conditioners)(
-                step, branches, part
-            )
+            Denoiser(self.model, self.scheduler, ManyTimes(**vars(told), views=group), self.conditioners)(step, branches, part)
             for group, part in zip(groups, seen.split(self.at_once * told.batch), strict=True)
         ]
         return {branch: torch.cat([each[branch] for each in made]) for branch in branches}

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
+from suffuse.diffusion.checked import is_a, shown
 from suffuse.diffusion.conditioning import Denoiser, ModelCall
 from suffuse.diffusion.guidance import ClassifierFreeGuidance, Guidance, rescale_to
 from suffuse.diffusion.loop import Step
@@ -24,14 +25,27 @@ Worsening = Callable[[nn.Module], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Unattended:
-    """Self-attention below these names gives each position its own value.
+class PartOfModel:
+    """Layers that are out of use.
 
     Attributes:
-        layers: Beginnings of names of layers, "mid_block" or "down_blocks.2.attentions.0" for example.
+        layers: Beginnings of names of layers, "mid_block" or "down_blocks.2.attentions.0" for example; one, or several.
     """
 
-    layers: Sequence[str] = ("mid_block",)
+    layers: Sequence[str] | str = ("mid_block",)
+
+    def __post_init__(self) -> None:
+        """Refuse what names nothing."""
+        place, names = f"{type(self).__name__}.layers", (self.layers,) if isinstance(self.layers, str) else self.layers
+        is_a(list, tuple, spelled="names of layers, ['mid_block'] for example")(place, names)
+        if not names or not all(isinstance(name, str) and name for name in cast(Sequence[Any], names)):
+            raise InputError(f"{place} are no names", found=shown(names), expected="at least one, ['mid_block'] for example")
+        object.__setattr__(self, "layers", names)
+
+
+@dataclass(frozen=True)
+class Unattended(PartOfModel):
+    """Self-attention below these names gives each position its own value."""
 
     def __call__(self, model: nn.Module) -> Mapping[str, Any]:
         """What the call is told."""
@@ -39,14 +53,8 @@ class Unattended:
 
 
 @dataclass(frozen=True)
-class Skipped:
-    """Transformer blocks below these names do nothing.
-
-    Attributes:
-        layers: As of `Unattended`.
-    """
-
-    layers: Sequence[str] = ("mid_block",)
+class Skipped(PartOfModel):
+    """Transformer blocks below these names do nothing."""
 
     def __call__(self, model: nn.Module) -> Mapping[str, Any]:
         """What the call is told."""
@@ -79,6 +87,13 @@ class WorseGuidance(ClassifierFreeGuidance):
     worse_scale: float = 3.0
     worsening: Worsening = Unattended()
 
+    def check_values(self, name: str) -> None:
+        """Raise `InputError` unless it is what it may be, and something makes the model worse."""
+        super().check_values(name)
+        if isinstance(self.worsening, type) or not callable(self.worsening):
+            expected = "Unattended(['mid_block']), or Skipped(['mid_block']), for example"
+            raise InputError(f"{name}.worsening makes no model worse", found=shown(self.worsening), expected=expected)
+
     def check_model(self, model: nn.Module) -> None:
         """Raise `InputError` unless the model has the part."""
         self.worsening(model)
@@ -110,6 +125,11 @@ class AutoGuidance(Guidance):
 
     scale: float
     worse: nn.Module
+
+    @property
+    def models(self) -> Mapping[str, nn.Module]:
+        """The worse one."""
+        return {"worse": self.worse}
 
     @property
     def branches(self) -> tuple[str, ...]:

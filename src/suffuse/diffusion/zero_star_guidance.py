@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +24,12 @@ class ZeroStarGuidance(ClassifierFreeGuidance):
             for a model that predicts noise or samples it is another picture, and 0 the choice.
     """
 
+    limits: ClassVar[Mapping[str, tuple[float, float]]] = {"still": (0, inf)}
     still: int = 1
+
+    def unheard(self, total: int) -> str | None:
+        """That no step goes anywhere, if so many stand still."""
+        return f"anything (still={self.still})" if self.still >= total else None
 
     def __call__(self, denoiser: Denoiser, step: Step) -> Tensor:
         """One prediction, of the shape of the latents."""

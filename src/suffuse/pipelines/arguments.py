@@ -8,97 +8,30 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from suffuse.diffusion.guidance import Guidance
+from suffuse.diffusion.checked import Check, is_a, number, optional, shown, tensor, texts, whole
+from suffuse.diffusion.guidance import is_guidance
 from suffuse.errors import InputError, LimitError, UnknownArgumentError, nearest, unknown_argument
 from suffuse.noise import CounterNoise, Source, fresh
 from suffuse.pipelines.saved_run import PICTURES, RunWriter, SavedRun
 from suffuse.processing.image import MAX_PIXELS, check_output_type
 
 _Call = TypeVar("_Call", bound=Callable[..., Any])
-Check = Callable[[str, Any], None]
 
 
 # ---------------------------------------------------------------- what a value may be
 
 
-def whole(low: int, high: int | None = None) -> Check:
-    """A whole number of at least `low`, and at most `high`."""
-    allowed = f"a whole number of at least {low}" + (f" and at most {high}" if high is not None else "")
-
-    def check(name: str, value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise InputError(f"{name} must be a whole number", found=_shown(value), expected=allowed)
-        if value < low or (high is not None and value > high):
-            raise InputError(f"{name}={value} is out of range", expected=allowed)
-
-    return check
-
-
-def number(low: float = -math.inf, high: float = math.inf) -> Check:
-    """A finite number in [low, high]."""
-    allowed = "a finite number" if (low, high) == (-math.inf, math.inf) else f"a number in [{low:g}, {high:g}]"
-
-    def check(name: str, value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-            raise InputError(f"{name} must be a number", found=_shown(value), expected=allowed)
-        if not low <= value <= high or not _finite(value):
-            raise InputError(f"{name}={value} is out of range", expected=allowed)
-
-    return check
-
-
-def _finite(value: Any) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number beyond the largest float
-        return False
-
-
-def optional(check: Check) -> Check:
-    """None, or what `check` allows."""
-    return lambda name, value: None if value is None else check(name, value)
-
-
-def is_a(*kinds: type, spelled: str) -> Check:
-    """An instance of one of `kinds`."""
-
-    def check(name: str, value: Any) -> None:
-        if not isinstance(value, kinds):
-            raise InputError(f"{name} has the wrong type", found=_shown(value), expected=spelled)
-
-    return check
-
-
 def anything(name: str, value: Any) -> None:
     """Checked where it is used."""
-
-
-def texts(name: str, value: Any) -> None:
-    """None, a text, or a list of at least one text; every text encodable as UTF-8."""
-    if value is None:
-        return
-    items = value if isinstance(value, list) else [value]
-    if not items:
-        raise InputError(f"{name} is an empty list", expected="a text, or a list of at least one")
-    for index, item in enumerate(items):
-        where = f"{name}[{index}]" if isinstance(value, list) else name
-        if not isinstance(item, str):
-            raise InputError(f"{where} is no text", found=_shown(item), expected="a text, or a list of texts")
-        try:
-            item.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"{where} is no valid Unicode", found=f"a lone surrogate at character {error.start}") from None
 
 
 def size(name: str, value: Any) -> None:
@@ -121,7 +54,7 @@ def two(low: int) -> Check:
 
     def check(name: str, value: Any) -> None:
         if not isinstance(value, list) or len(value) != 2:
-            raise InputError(f"{name} must be two whole numbers", found=_shown(value), expected="(rows, columns)")
+            raise InputError(f"{name} must be two whole numbers", found=shown(value), expected="(rows, columns)")
         for item in value:
             whole(low)(name, item)
 
@@ -142,7 +75,7 @@ def generators(name: str, value: Any) -> None:
     if value is not None and not all(isinstance(item, Source) for item in items):
         raise InputError(
             f"{name} has the wrong type",
-            found=_shown(value),
+            found=shown(value),
             expected="a torch.Generator, or a list of one for each picture",
             remedy="pass seed=7, or generator=torch.Generator(device).manual_seed(7)",
         )
@@ -159,27 +92,6 @@ def saved_run(name: str, value: Any) -> None:
     optional(is_a(str, os.PathLike, SavedRun, spelled="the path of a file"))(name, value)
 
 
-def tensor(*, dimensions: int, kind: str = "floating point") -> Check:
-    """None, or a tensor with so many dimensions and finite values in memory: "floating point" numbers, or any "real" ones."""
-
-    def check(name: str, value: Any) -> None:
-        if value is None:
-            return
-        is_a(Tensor, spelled="a torch.Tensor")(name, value)
-        stored = value.layout is torch.strided and not value.is_meta and value.numel() > 0
-        fitting = not value.is_complex() if kind == "real" else value.is_floating_point()
-        finite = stored and bool(torch.isfinite(value).all())
-        if value.ndim != dimensions or not fitting or not finite:
-            place = "" if finite else ", not finite" if stored else f", {value.layout} on {value.device}"
-            raise InputError(
-                f"{name} has the wrong shape or values",
-                found=f"{tuple(value.shape)} of {value.dtype}{place}",
-                expected=f"finite {kind} numbers in memory, {dimensions} dimensions, none of them 0",
-            )
-
-    return check
-
-
 def each(check: Check) -> Check:
     """What `check` allows, or a list of it."""
 
@@ -194,21 +106,11 @@ def each(check: Check) -> Check:
 
 
 def guides(name: str, value: Any) -> None:
-    """Something that asks for branches and combines their predictions, with finite numbers, as has what it holds."""
-    try:
-        known = isinstance(value, Guidance) and isinstance(cast(Any, value).branches, tuple)
-    except (AttributeError, TypeError, ValueError):  # of numbers that are none, or of nothing to ask
-        known = False
-    if not known:
-        expected = "a suffuse.diffusion.guidance.Guidance, ClassifierFreeGuidance(7.5) for example"
-        raise InputError(f"{name} combines no predictions", found=_shown(value), expected=expected)
-    for key, held in getattr(value, "__dict__", {}).items():
-        if isinstance(held, (int, float)) and not _finite(held):
-            raise InputError(f"{name}.{key}={held} is out of range", expected="a finite number")
-        if key == "rescale":
-            number(0, 1)(f"{name}.{key}", held)
-        if isinstance(held, Guidance):
-            guides(f"{name}.{key}", held)
+    """Something that asks for branches and combines their predictions, and is what it may be, as is what it holds."""
+    is_guidance(name, value)
+    value.check_values(name)
+    if not isinstance(value.branches, tuple):
+        raise InputError(f"{name}.branches are no tuple", found=shown(value.branches), expected="names, ('uncond', 'cond')")
 
 
 def replayed(name: str, value: Any) -> None:
@@ -271,7 +173,7 @@ def boxes(name: str, value: Any) -> None:
     for index, box in enumerate(cast(list[Any], value or [])):
         where = f"{name}[{index}]"
         if not isinstance(box, (list, tuple)) or len(cast(list[Any], box)) != 4:
-            raise InputError(f"{where} is no box", found=_shown(box), expected="(left, top, right, bottom), from 0 to 1")
+            raise InputError(f"{where} is no box", found=shown(box), expected="(left, top, right, bottom), from 0 to 1")
         for corner in cast(list[Any], box):
             number(0, 1)(where, corner)
         left, top, right, bottom = cast(list[float], box)
@@ -282,16 +184,12 @@ def boxes(name: str, value: Any) -> None:
 def callback(name: str, value: Any) -> None:
     """None, or something that can be called."""
     if value is not None and not callable(value):
-        raise InputError(f"{name} cannot be called", found=_shown(value), expected="a function, or None")
+        raise InputError(f"{name} cannot be called", found=shown(value), expected="a function, or None")
 
 
 def _listed(value: Any) -> Any:
     """A tuple says what a list says."""
     return list(value) if isinstance(value, tuple) else value
-
-
-def _shown(value: Any) -> str:
-    return f"{value!r} ({type(value).__name__})" if not isinstance(value, Tensor) else f"a tensor {tuple(value.shape)}"
 
 
 # ---------------------------------------------------------------- the table
@@ -728,9 +626,11 @@ def begun_run(pipe: Any, given: dict[str, Any]) -> SavedRun | None:
     for name in [name for name in INSTEAD if given.get(name, run) is None]:
         del given[name]  # None beside what the run has says nothing
     dropped = {INSTEAD[name] for name in given if name in INSTEAD}
-    # A value that is passed has its own numbers; what it remembers is in a run that was guided by one of its kind.
-    known = {} if given.get("guidance") is not None and not run.guided_by else run.guidance
-    guidance = {name: value for name, value in known.items() if f"guidance_{name}" not in given}
+    # A value that is passed has its own numbers; what the steps change is in the run.
+    dropped_numbers = {"scale", "rescale"} if given.get("guidance") is not None and not run.guided_by else set[str]()
+    guidance = {
+        name: value for name, value in run.guidance.items() if f"guidance_{name}" not in given and name not in dropped_numbers
+    }
     if given.keys() & {*PICTURES}:
         dropped |= {*PICTURES} | ({"ip_adapter_scale"} if all(given.get(name) is None for name in PICTURES) else set[str]())
     kept = {name: copied(value) for name, value in run.arguments.items() if name not in dropped}

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 class StableDiffusionAttendAndExcitePipeline(Drawing):
     """Pictures from prompts, in which each word that is named is to be seen."""
 
+    _only_here = ("image_encoder",)
+
     def __init__(
         self,
         vae: AutoencoderKL,

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from suffuse.layers.low_rank import adapters_of
 from suffuse.models.image_adapter import image_adapters_of
 from suffuse.models.side_by_side import parts_of
-from suffuse.pipelines.kept_guidance import with_held
 
 SAMPLED = 16
 """How many values of each tensor are looked at."""
@@ -73,7 +72,8 @@ def beside(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
         for name, label in NETS.items()
         for model in [arguments.get(name) if arguments.get(name) is not None else getattr(pipe, name, None)]
     }
-    nets |= {"worse model": [getattr(part, "worse", None) for _, part in with_held(arguments.get("guidance"))]}
+    guidance = arguments.get("guidance")
+    nets |= {"worse model": [*guidance.models.values()] if guidance is not None else []}
     told = {label: {"weights": fingerprint(tensors)} for label, model in nets.items() if (tensors := _tensors(model))}
     pictures = image_adapters_of(getattr(pipe, "unet", None))
     if pictures is not None and any(arguments.get(name) is not None for name in ("ip_adapter_image", "ip_adapter_image_embeds")):
@@ -132,7 +132,9 @@ def _learnt(pipe: Any, arguments: Mapping[str, Any]) -> Iterator[tuple[str, dict
 
 
 def _texts(arguments: Mapping[str, Any]) -> str:
-    prompts = [value for name, value in arguments.items() if "prompt" in name]
+    guidance = arguments.get("guidance")
+    prompts = [value for name, value in arguments.items() if "prompt" in name or name == "safety_concept"]
+    prompts += [*guidance.texts.values()] if guidance is not None else []
     return "\n".join(text for each in prompts for text in (each if isinstance(each, list) else [each]) if isinstance(text, str))
 
 

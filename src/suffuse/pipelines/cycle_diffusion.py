@@ -36,6 +36,7 @@ class CycleDiffusionPipeline(StableDiffusionBase):
 
     _callback_tensor_inputs = ["latents", "prompt_embeds"]
     _scheduler_settings = {"steps_offset": 1}
+    _only_here = ("image_encoder",)
 
     def __init__(
         self,
@@ -117,4 +118,8 @@ class CycleDiffusionPipeline(StableDiffusionBase):
         sides = encode_sides(self, [{"prompt": self._run.arguments["source_prompt"], "prompt_embeds": None}, {}])
         pairs = zip(*map(per_branch, sides), strict=True)
         joined = torch.cat([both for pair in pairs for both in pair])
-        return Conditioning(2 * sides[0].batch, sides[0].layout, {"prompt_embeds": joined})
+        further = {
+            branch: {name: torch.cat([side.further[branch][name] for side in sides]) for name in told}
+            for branch, told in sides[0].further.items()
+        }
+        return Conditioning(2 * sides[0].batch, sides[0].layout, {"prompt_embeds": joined}, further)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from suffuse.diffusion.conditioning import Conditioner
+from suffuse.diffusion.conditioning import UNTOLD, Conditioner
 from suffuse.errors import InputError
 from suffuse.models.controlnet import ControlNetModel, MultiControlNetModel
 from suffuse.models.t2i_adapter import MultiAdapter, T2IAdapter
@@ -123,6 +123,13 @@ TOLD_BY_PROMPTS = ("uncond", "cond")
 """Branches of guidance that every pipeline tells: what the prompts say, and what they should not show."""
 
 
+CALLED_BY = (
+    *("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type", "attention_type", "encoder_hid_dim"),
+    *("class_embed_type", "num_class_embeds", "time_cond_proj_dim"),
+)
+"""What the configurations of two models must say alike, so that both can be called in one way."""
+
+
 @dataclass(frozen=True)
 class Feature:
     """Something a call may be asked to do, on top of what its pipeline does.
@@ -171,21 +178,26 @@ def _check_guidance(pipe: Any, arguments: Mapping[str, Any]) -> None:
     if guidance.texts and not getattr(pipe, "_told_by_text", ()):
         found, expected = ", ".join(guidance.texts), "a guidance that is told nothing but the prompts"
         raise InputError(f"guidance has texts of its own, and {type(pipe).__name__} reads none", found=found, expected=expected)
+    taken = {*guidance.texts} & {"cond", *UNTOLD}
+    if taken:
+        raise InputError(f"guidance has a text for the branch {min(taken)!r}", remedy="give the branch a name of its own")
     unknown = {*guidance.branches} - {*TOLD_BY_PROMPTS, *guidance.texts}
     if unknown:
         raise InputError(
             "guidance asks for a branch that nothing is told", found=min(unknown), expected=", ".join(TOLD_BY_PROMPTS)
         )
     guidance.check_model(model)
-    worse = getattr(guidance, "worse", None)
-    if worse is None:
-        return
     kind = type(getattr(model, "_orig_mod", model))  # of one that is compiled
-    if not isinstance(worse, kind) or worse.config.in_channels != model.config.in_channels:
-        raise InputError(f"the worse model is no {kind.__name__} like the pipeline's", found=type(worse).__name__)
-    check_place("guidance.worse", worse, pipe)
-    if any(arguments.get(name) is not None for name in ("ip_adapter_image", "ip_adapter_image_embeds")):
-        raise InputError("a worse model looks at no pictures, and an IP-Adapter shows some", remedy="leave out one of the two")
+    for name, worse in guidance.models.items():
+        unlike = [key for key in CALLED_BY if isinstance(worse, kind) and worse.config.get(key) != model.config.get(key)]
+        if not isinstance(worse, kind) or unlike:
+            found = ", ".join(f"{key}={worse.config.get(key)}" for key in unlike) or type(worse).__name__
+            raise InputError(f"the worse model is no {kind.__name__} like the pipeline's", found=found)
+        check_place(f"guidance.{name}", worse, pipe)
+        if any(arguments.get(name) is not None for name in ("ip_adapter_image", "ip_adapter_image_embeds")):
+            raise InputError(
+                "a worse model looks at no pictures, and an IP-Adapter shows some", remedy="leave out one of the two"
+            )
 
 
 def _boxes(pipe: Any, frame: Frame) -> Sequence[Conditioner]:

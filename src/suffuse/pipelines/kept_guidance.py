@@ -50,7 +50,7 @@ def check_kind(known: Mapping[str, Any], guidance: Any) -> None:
         raise InputError(
             f"the run is guided by {spelled(known)}",
             found=f"guidance={spelled(own)}" if own else "no guidance= in this call",
-            remedy="pass guidance= again, of the same class: what it remembers is in the file, but no models are",
+            remedy="pass guidance= again (--guide, --edit), of the same class: what it remembers is in the file, models are not",
         )
 
 

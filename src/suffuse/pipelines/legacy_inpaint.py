@@ -34,6 +34,7 @@ class StableDiffusionInpaintPipelineLegacy(StableDiffusionBase):
     """Pictures painted anew where a mask is white; where it is gray, in part."""
 
     mask_processor = VaeImageProcessor(vae_scale_factor=1, resample="nearest", do_normalize=False, do_convert_grayscale=True)
+    _only_here = ("image_encoder",)
 
     def __init__(
         self,

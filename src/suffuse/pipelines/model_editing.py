@@ -39,6 +39,8 @@ class StableDiffusionModelEditingPipeline(Drawing):
     The UNet itself is edited: pipelines that share it draw with it too, and `save_pretrained` writes it as it then is.
     """
 
+    _only_here = ("image_encoder",)
+
     def __init__(
         self,
         vae: AutoencoderKL,

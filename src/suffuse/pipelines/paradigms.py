@@ -38,6 +38,7 @@ class StableDiffusionParadigmsPipeline(StableDiffusionBase):
     """
 
     wrapped_unet: nn.Module | None = None
+    _only_here = ("image_encoder",)
 
     def __init__(
         self,

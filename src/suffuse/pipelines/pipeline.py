@@ -167,6 +167,7 @@ class DiffusionPipeline(FromSingleFileMixin, PlacedModels, ConfigMixin, PushToHu
 
     Class attributes:
         _optional_components: Components that may be None.
+        _only_here: Components that the class of diffusers does not know, and is not told of if there are none.
         _settings: Parameters of `__init__` that may be None and are no components.
         _load_connected_pipes: Components may come from other checkpoints, which the model card names.
         _callback_tensor_inputs: Tensors that callbacks may ask for.
@@ -174,6 +175,7 @@ class DiffusionPipeline(FromSingleFileMixin, PlacedModels, ConfigMixin, PushToHu
 
     config_name = "model_index.json"
     _optional_components: ClassVar[list[str]] = []
+    _only_here: ClassVar[tuple[str, ...]] = ()
     _settings: ClassVar[tuple[str, ...]] = ()
     _load_connected_pipes: ClassVar[bool] = False
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
@@ -181,8 +183,8 @@ class DiffusionPipeline(FromSingleFileMixin, PlacedModels, ConfigMixin, PushToHu
     """Keyword of a feature → what the pipeline, which has it built in, calls it."""
 
     scheduler: Any
-    guidance_scale = _of_run("guidance", "scale")
-    _guidance_scale = _of_run("guidance", "scale")
+    guidance_scale = _of_run("guidance", "scale", otherwise=(1.0,))
+    _guidance_scale = _of_run("guidance", "scale", otherwise=(1.0,))
     guidance_rescale = _of_run("guidance", "rescale", otherwise=(0.0,))
     _guidance_rescale = _of_run("guidance", "rescale", otherwise=(0.0,))
     clip_skip = _of_run("clip_skip")
@@ -213,6 +215,10 @@ class DiffusionPipeline(FromSingleFileMixin, PlacedModels, ConfigMixin, PushToHu
             check_component(name, value)
             self.register_to_config(**{name: component_entry(value)})
         object.__setattr__(self, name, value)
+
+    def written(self) -> dict[str, Any]:
+        """The entries of the configuration that go into a file."""
+        return {name: entry for name, entry in super().written().items() if name not in self._only_here or entry[0] is not None}
 
     @classmethod
     def component_names(cls) -> list[str]:
@@ -529,7 +535,7 @@ class DiffusionPipeline(FromSingleFileMixin, PlacedModels, ConfigMixin, PushToHu
         options = step_options(scheduler, **{name: arguments[name] for name in STEP_OPTIONS if name in arguments})
         take = advance(Denoiser(model, scheduler, conditioning, conditioners), run.guidance, scheduler, options)
         run.num_timesteps, run.num_inference_steps, begin = len(timesteps), num_inference_steps, 0
-        warn_of_unheard(conditioners, len(timesteps))
+        warn_of_unheard([*conditioners, run.guidance], len(timesteps))
         if arguments["resume"] is not None:
             latents, begin = arguments["resume"].restore(scheduler, latents, timesteps, arguments["generator"])
             remind(run.guidance, arguments["resume"].guidance)

@@ -68,6 +68,8 @@ def concepts_of(arguments: Mapping[str, Any]) -> list[Concept]:
 class SemanticStableDiffusionPipeline(Drawing):
     """Pictures from prompts, with concepts to go towards or away from."""
 
+    _only_here = ("image_encoder",)
+
     def __init__(
         self,
         vae: AutoencoderKL,
@@ -134,7 +136,7 @@ class SemanticStableDiffusionPipeline(Drawing):
             NonFiniteError: The numbers overflowed; says where, and what to do.
         """
         concepts, replayed = concepts_of(self._run.arguments), () if sem_guidance is None else sem_guidance
-        self._run.guidance = SemanticGuidance(guidance_scale, concepts, edit_momentum_scale, edit_mom_beta, replayed)
+        self._run.guidance = SemanticGuidance(guidance_scale, concepts, edit_momentum_scale, edit_mom_beta, replayed, applied=[])
         rows, columns = self.default_size(height, width)
         self.check_replayed(replayed, self.latent_shape(self.pictures_of(self._run.arguments), rows, columns))
         return self.draw(rows, columns)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from suffuse.diffusion.conditioning import Conditioning
@@ -14,7 +13,7 @@ from suffuse.pipelines.arguments import check_shape
 
 
 def tell_texts(pipe: Any, conditioning: Conditioning) -> Conditioning:
-    """Tell the last branches of the run of a pipeline what its guidance says, after those that are told the prompts.
+    """Tell branches of the run of a pipeline what its guidance says, beside those that are told the prompts.
 
     Raises:
         InputError: The pipeline has no text encoder, a branch is told neither one text nor one for each prompt, or an embedding
@@ -30,16 +29,14 @@ def tell_texts(pipe: Any, conditioning: Conditioning) -> Conditioning:
             raise InputError(f"guidance: {branch} is told {len(said)} texts", expected=f"one, or {prompts}, one for each prompt")
     told = {branch: {"prompt_embeds": text[None]} for branch, text in texts.items() if isinstance(text, Tensor)}
     told |= _read(pipe, words, conditioning.tensors["prompt_embeds"].shape[1]) if words else {}
-    for name in pipe._told_by_text:
-        joined = [conditioning.tensors[name]]
-        for branch in texts:
-            if name not in told[branch]:
+    for branch, states in told.items():
+        for name in pipe._told_by_text:
+            if name not in states:
                 raise InputError(f"guidance: {branch} is told an embedding, and this pipeline needs more", remedy="pass the text")
-            rows = told[branch][name]
-            check_shape(f"what {branch} is told", rows, (len(rows), *joined[0].shape[1:]))
-            joined.append(rows.repeat_interleave(batch // len(rows), dim=0).to(joined[0]))
-        conditioning.tensors[name] = torch.cat(joined)
-    conditioning.layout += (*texts,)
+            rows, prompt = states[name], conditioning.tensors[name]
+            check_shape(f"what {branch} is told", rows, (len(rows), *prompt.shape[1:]))
+            states[name] = rows.repeat_interleave(batch // len(rows), dim=0).to(prompt)
+    conditioning.further |= told
     return conditioning
 
 

@@ -67,9 +67,10 @@ class Sampled(StableDiffusionBase):
             InputError: There is no such sampler.
             MissingPackageError: It is one of the package, which is not installed.
         """
-        if scheduler_type not in SAMPLERS:
-            packaged_sampler(str(scheduler_type))
-        self.sampler = scheduler_type
+        name = str(scheduler_type)
+        if name not in SAMPLERS:
+            packaged_sampler(name)
+        self.sampler = name
 
     def way(self) -> tuple[Tensor, int]:
         """The timesteps at which the noise levels of the call are, and how many steps they are.

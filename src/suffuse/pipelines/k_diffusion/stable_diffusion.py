@@ -30,6 +30,7 @@ class StableDiffusionKDiffusionPipeline(Sampled):
 
     model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
     _optional_components = ["safety_checker", "feature_extractor", "image_encoder"]
+    _only_here = ("image_encoder",)
 
     def __init__(
         self,

@@ -36,6 +36,7 @@ class StableDiffusionXLKDiffusionPipeline(Sampled, StableDiffusionXLBase):  # py
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->image_encoder->unet->vae"
     _optional_components = ["tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "image_encoder", "feature_extractor"]
+    _only_here = ("image_encoder", "feature_extractor")
 
     def __init__(
         self,

@@ -128,7 +128,7 @@ class StableDiffusionPipelineSafe(Drawing):
             InputError, LimitError: An argument is not what it may be; no generator was used.
             NonFiniteError: The numbers overflowed; says where, and what to do.
         """
-        concept = self._run.arguments["safety_concept"]
+        concept = [self._run.arguments["safety_concept"]]  # in a list it may be empty, as in diffusers
         self._run.guidance = SafeGuidance(
             guidance_scale, concept, sld_guidance_scale, sld_warmup_steps, sld_threshold, sld_momentum_scale, sld_mom_beta
         )

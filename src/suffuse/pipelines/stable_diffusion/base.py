@@ -223,7 +223,8 @@ class StableDiffusionBase(LoraLoaderMixin, TextualInversionLoaderMixin, IPAdapte
         self.check_encoders(self._run, texts, None, None)
         with scaled(self.lora_scale):
             texts = self.maybe_convert_prompt(texts, self.tokenizer)
-            states = encode_text(texts, self.tokenizer, self.text_encoder, self._execution_device, length=length)
+            options = {"length": length, "clip_skip": self._run.clip_skip}
+            states = encode_text(texts, self.tokenizer, self.text_encoder, self._execution_device, **options)
         return {"prompt_embeds": states}
 
     def check_encoders(self, run: Run, prompt: Any, prompt_embeds: Tensor | None, negative_embeds: Tensor | None) -> None:
@@ -256,7 +257,11 @@ class StableDiffusionBase(LoraLoaderMixin, TextualInversionLoaderMixin, IPAdapte
             keywords["cross_attention_kwargs"] = options
         told = [text, Keywords(keywords), *image_prompts(self)]
         if self.unet.config.time_cond_proj_dim is not None:
-            scale = torch.tensor(run.guidance.scale - 1).repeat(conditioning.batch)
+            # A guidance that is passed in guides a model that was distilled at the scale of the call.
+            given = run.arguments.get("guidance") is not None
+            scale = torch.tensor((run.arguments["guidance_scale"] if given else run.guidance.scale) - 1).repeat(
+                conditioning.batch
+            )
             embedding = self.get_guidance_scale_embedding(scale, self.unet.config.time_cond_proj_dim)
             conditioning.share(w_embedding=embedding.to(self._execution_device, self.unet.dtype))
             told.append(scale_embedding)

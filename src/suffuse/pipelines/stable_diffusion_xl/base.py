@@ -251,7 +251,7 @@ class StableDiffusionXLBase(StableDiffusionXLLoraLoaderMixin, StableDiffusionBas
     def read_texts(self, texts: list[str], length: int) -> dict[str, Tensor]:
         """What the UNet is told of texts, of so many tokens: their states side by side, and one vector each."""
         self.check_readers(texts, None, None, None)
-        states, pooled = self._read([texts, texts], self._execution_device, length, 0, self.lora_scale)
+        states, pooled = self._read([texts, texts], self._execution_device, length, self._run.clip_skip or 0, self.lora_scale)
         return dict(zip(self._told_by_text, (states, cast(Tensor, pooled)), strict=True))
 
     def check_readers(self, prompt: Any, prompt_embeds: Tensor | None, negatives: Tensor | None, clip_skip: int | None) -> None:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
-from suffuse.diffusion.conditioning import Denoiser
-from suffuse.diffusion.guidance import Guidance, Text
-from suffuse.diffusion.loop import Step
+from suffuse.diffusion.guidance import Guidance, Text, is_guidance
 from suffuse.schedulers.scheduler import SchedulerMixin
 
-Self = TypeVar("Self", bound="HeldGuidance")
+Self = TypeVar("Self", bound="HoldingGuidance")
 
 
 @dataclass
-class HeldGuidance(Guidance):
-    """Another guidance, in some other way.
+class HoldingGuidance(Guidance):
+    """Guidance by another one, which is asked in some other way: in a part of the way, of a part of the batch, of several steps.
 
     Attributes:
         guidance: The other.
@@ -26,10 +24,16 @@ class HeldGuidance(Guidance):
 
     guidance: Guidance
 
+    def check_values(self, name: str) -> None:
+        """Raise `InputError` unless it is what it may be, and holds a guidance that is too."""
+        is_guidance(f"{name}.guidance", self.guidance)
+        self.guidance.check_values(f"{name}.guidance")
+        super().check_values(name)
+
     @property
     def scale(self) -> float:
-        """That of the other."""
-        return self.guidance.scale
+        """That of the other; 1, if it has none."""
+        return getattr(self.guidance, "scale", 1.0)
 
     @scale.setter
     def scale(self, scale: float) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -60,6 +64,15 @@ class HeldGuidance(Guidance):
         fork.guidance = self.guidance.fork()
         return fork
 
+    @property
+    def models(self) -> Mapping[str, nn.Module]:
+        """Those of the other."""
+        return {f"guidance.{name}": model for name, model in self.guidance.models.items()}
+
+    def unheard(self, total: int) -> str | None:
+        """What the other is not heard to say."""
+        return self.guidance.unheard(total)
+
     def check_model(self, model: nn.Module) -> None:
         """Raise `InputError` unless the other can guide it."""
         self.guidance.check_model(model)
@@ -67,29 +80,3 @@ class HeldGuidance(Guidance):
     def check_scheduler(self, scheduler: SchedulerMixin) -> None:
         """Raise `InputError` unless the other can guide with it."""
         self.guidance.check_scheduler(scheduler)
-
-
-@dataclass
-class Foreseen(Denoiser):
-    """A denoiser that was asked for the latents of a step, in a batch with others: it says again what it said then.
-
-    One that is made of it by `replace` sees something else, and has said nothing.
-
-    Attributes:
-        said: What it said, by branch.
-    """
-
-    said: Mapping[str, Tensor] = field(init=False, default_factory=dict[str, Tensor])
-
-    @classmethod
-    def of(cls, denoiser: Denoiser, said: Mapping[str, Tensor]) -> Foreseen:
-        """The denoiser, and what it said."""
-        made = cls(denoiser.model, denoiser.scheduler, denoiser.conditioning, denoiser.conditioners)
-        made.said = said
-        return made
-
-    def __call__(self, step: Step, branches: tuple[str, ...], latents: Tensor | None = None) -> dict[str, Tensor]:
-        """Predictions by branch, for the latents of the step or those given instead."""
-        if latents is None and self.said.keys() >= {*branches}:
-            return {branch: self.said[branch] for branch in branches}
-        return super().__call__(step, branches, latents)
