@@ -107,7 +107,8 @@ def with_fresh_generators(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "HeunDiscreteScheduler"])
+# Every scheduler is run in every task above; that options and schedulers of two evaluations a step are apart, a release tries.
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", pytest.param("HeunDiscreteScheduler", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("task", TASKS)
 def test_every_option_in_every_task(task, option, scheduler):
