@@ -189,6 +189,13 @@ def seconds(pipe: Any, family: Family, options: argparse.Namespace) -> float:
     return time.perf_counter() - began
 
 
+def one_round(peer: Any, ours: Any, family: Family, options: argparse.Namespace, turn: int) -> tuple[float, float]:
+    """How long the peer and we take; who begins, changes from turn to turn."""
+    theirs = seconds(peer, family, options) if turn % 2 else None
+    mine = seconds(ours, family, options)
+    return seconds(peer, family, options) if theirs is None else theirs, mine
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=list(FAMILIES), metavar="NAME", help=", ".join(FAMILIES))
@@ -203,7 +210,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 peer, ours = pipelines(family, options, Path(folder))
-                rounds = [[seconds(pipe, family, options) for pipe in (peer, ours)] for _ in range(options.repeats + 1)][1:]
+                rounds = [one_round(peer, ours, family, options, turn) for turn in range(options.repeats + 1)][1:]
             except AttributeError as error:
                 print(f"{name:26} {error}")
                 continue
